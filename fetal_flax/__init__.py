@@ -1,0 +1,1 @@
+"""Fetal-head segmentation and head circumference on HC18 in JAX/Flax."""

@@ -1,0 +1,329 @@
+"""Every setting of a training run: frozen, typed, documented, validated.
+
+`configs/NAME.py` return a `TrainConfig`; the command line overrides single fields
+(`--optimizer.learning-rate 1e-4`); the run writes the result to its workdir and into its
+checkpoints as JSON. Sections refer to the written description of the network
+(docs/architecture.md says where it contradicts itself).
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from fetal_flax.errors import InputError
+
+Config = typing.TypeVar("Config")
+
+
+def _require(condition: bool, field: str, rule: str, value: object) -> None:
+    if not condition:
+        raise InputError(f"setting {field} must be {rule}, not {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which network, and what about it can vary."""
+
+    name: Literal["mobilenet_aspp_se_unet", "mobilenet_unet", "unet"] = "mobilenet_aspp_se_unet"
+    """The proposed network or one of the two baselines."""
+    variant: Literal["described", "published"] = "described"
+    """Which of the two readings of `mobilenet_aspp_se_unet`: the written description or the
+    published PyTorch code (docs/architecture.md lists the differences)."""
+    in_channels: Literal[1, 3] = 1
+    """Image channels: 1 grey, 3 RGB."""
+    aspp_width: int | None = None
+    """Channels of each ASPP branch; None takes the variant's (128 described, 512 published)."""
+    dropout: float = 0.5
+    """Dropout rate after the ASPP projection."""
+    base_width: int = 32
+    """Channels of the first stage of `unet`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the convolutions; parameters, statistics, loss and metrics stay float32."""
+
+    def __post_init__(self) -> None:
+        _require(self.in_channels in (1, 3), "model.in_channels", "1 or 3", self.in_channels)
+        _require(
+            self.aspp_width is None or self.aspp_width >= 1,
+            "model.aspp_width",
+            "a positive number of channels or None",
+            self.aspp_width,
+        )
+        _require(0 <= self.dropout < 1, "model.dropout", "in [0, 1)", self.dropout)
+        _require(self.base_width >= 1, "model.base_width", "positive", self.base_width)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """The MobileNetV2 encoder's weights and whether they learn (description, sections 1 and 8.4)."""
+
+    weights: str = "imagenet1k_v2"
+    """`imagenet1k_v1`, `imagenet1k_v2` (torchvision's files, downloaded once), the path of a
+    `.pth`/`.safetensors` file or a converted directory, or `none` for random weights."""
+    trainable: bool = False
+    """Whether the encoder learns; a frozen one has no optimizer state and never changes."""
+    learning_rate: float = 3e-5
+    """Learning rate of a trainable encoder."""
+    frozen_batch_norm: Literal["running", "batch"] = "running"
+    """What a frozen encoder's batch norms do in training: normalise with their running
+    statistics and keep them, or with the batch's and drift, as the published code does."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.weights), "encoder.weights", "a name, a path or 'none'", self.weights)
+        _require(self.learning_rate > 0, "encoder.learning_rate", "positive", self.learning_rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images, how they are split, and how they reach the device."""
+
+    dataset: Literal["hc18", "fetal_phantom"] = "hc18"
+    """HC18, or procedural phantoms that need no download."""
+    data_dir: str | None = None
+    """HC18 folder in the official layout, complete or a subset; None downloads it from Zenodo."""
+    cache_dir: str = "~/.cache/fetal_flax"
+    """Where prepared datasets and downloaded weights are kept."""
+    image_size: tuple[int, int] = (256, 256)
+    """Height and width that the network sees, in pixels."""
+    validation_fraction: float = 0.2
+    """Share of the examinations kept for validation when `folds` is 0."""
+    folds: int = 0
+    """Number of cross-validation folds; 0 splits once by `validation_fraction`."""
+    fold: int = 0
+    """Which fold validates, counted from 0."""
+    phantom_count: int = 500
+    """How many phantoms `fetal_phantom` holds."""
+    phantom_size: tuple[int, int] = (270, 400)
+    """Height and width of a phantom, in pixels."""
+    workers: int | None = None
+    """Grain worker processes; 0 loads in threads of this process; None picks by CPU count."""
+    prefetch: int = 4
+    """Batches prepared ahead of the training step."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.image_size) == 2 and all(side >= 32 for side in self.image_size),
+            "data.image_size",
+            "a height and a width of at least 32",
+            self.image_size,
+        )
+        _require(
+            0 < self.validation_fraction < 1,
+            "data.validation_fraction",
+            "between 0 and 1",
+            self.validation_fraction,
+        )
+        _require(self.folds == 0 or self.folds >= 2, "data.folds", "0 or at least 2", self.folds)
+        _require(0 <= self.fold < max(self.folds, 1), "data.fold", "below data.folds", self.fold)
+        _require(self.phantom_count >= 2, "data.phantom_count", "at least 2", self.phantom_count)
+        _require(
+            len(self.phantom_size) == 2 and all(side >= 64 for side in self.phantom_size),
+            "data.phantom_size",
+            "a height and a width of at least 64",
+            self.phantom_size,
+        )
+        _require(
+            self.workers is None or self.workers >= 0, "data.workers", "0 or more", self.workers
+        )
+        _require(self.prefetch >= 1, "data.prefetch", "at least 1", self.prefetch)
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentationConfig:
+    """Random transforms of the training images (description, section 8.3)."""
+
+    enabled: bool = True
+    """False trains on the images as they are."""
+    flip_probability: float = 0.5
+    """Share of images mirrored left to right."""
+    rotation_degrees: float = 20.0
+    """Largest rotation either way, in degrees."""
+    scale: float = 0.1
+    """Largest relative change of size either way."""
+    translation: float = 0.1
+    """Largest shift either way, as a share of the image's side."""
+    affine_probability: float = 0.5
+    """Share of images rotated; the same share, drawn independently, scaled, and shifted."""
+
+    def __post_init__(self) -> None:
+        for field in ("flip_probability", "affine_probability"):
+            value = getattr(self, field)
+            _require(0 <= value <= 1, f"augmentation.{field}", "in [0, 1]", value)
+        for field, limit in (("rotation_degrees", 180), ("scale", 0.9), ("translation", 1)):
+            value = getattr(self, field)
+            _require(0 <= value <= limit, f"augmentation.{field}", f"in [0, {limit}]", value)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Dice plus binary cross-entropy (description, section 8.1)."""
+
+    dice_weight: float = 0.8
+    """Weight of the Dice loss."""
+    bce_weight: float = 0.2
+    """Weight of the binary cross-entropy."""
+    smoothing: float = 1e-6
+    """Added to numerator and denominator of Dice."""
+    pos_weight: float | Literal["auto"] = "auto"
+    """Factor on the cross-entropy of foreground pixels; `auto` takes background / foreground
+    over the training split. (The description's 200 is the ratio of the unfilled outline.)"""
+    dice_over: Literal["image", "batch"] = "image"
+    """Whether Dice is computed per image and averaged, or once over the batch."""
+
+    def __post_init__(self) -> None:
+        _require(self.dice_weight >= 0, "loss.dice_weight", "0 or more", self.dice_weight)
+        _require(self.bce_weight >= 0, "loss.bce_weight", "0 or more", self.bce_weight)
+        _require(
+            self.dice_weight + self.bce_weight > 0,
+            "loss.dice_weight + loss.bce_weight",
+            "positive",
+            0,
+        )
+        _require(self.smoothing > 0, "loss.smoothing", "positive", self.smoothing)
+        _require(
+            self.pos_weight == "auto"
+            or (isinstance(self.pos_weight, (int, float)) and self.pos_weight > 0),
+            "loss.pos_weight",
+            "a positive number or 'auto'",
+            self.pos_weight,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam with L2 added to the gradient, as `torch.optim.Adam` does it (section 8.2)."""
+
+    learning_rate: float = 3e-4
+    """Learning rate of everything but the encoder."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    l2: float = 1e-4
+    """L2 coefficient, added to the gradient before the moments; this is not AdamW."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning_rate", "positive", self.learning_rate)
+        _require(0 <= self.beta1 < 1, "optimizer.beta1", "in [0, 1)", self.beta1)
+        _require(0 <= self.beta2 < 1, "optimizer.beta2", "in [0, 1)", self.beta2)
+        _require(self.epsilon > 0, "optimizer.epsilon", "positive", self.epsilon)
+        _require(self.l2 >= 0, "optimizer.l2", "0 or more", self.l2)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """How long to train, and what the validation Dice decides (sections 8.2 and 8.3)."""
+
+    epochs: int = 100
+    """Passes over the training split."""
+    batch_size: int = 16
+    """Images per step over all devices together."""
+    factor: float = 0.5
+    """What a plateau multiplies the learning rates by."""
+    patience: int = 10
+    """Epochs without improvement that are tolerated; the next one reduces the rates."""
+    threshold: float = 1e-4
+    """Relative gain in validation Dice that counts as improvement."""
+    min_learning_rate: float = 1e-6
+    """No reduction goes below this."""
+    early_stopping_patience: int = 15
+    """Epochs without a new best validation Dice after which training stops."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "schedule.epochs", "at least 1", self.epochs)
+        _require(self.batch_size >= 1, "schedule.batch_size", "at least 1", self.batch_size)
+        _require(0 < self.factor < 1, "schedule.factor", "between 0 and 1", self.factor)
+        _require(self.patience >= 0, "schedule.patience", "0 or more", self.patience)
+        _require(self.threshold >= 0, "schedule.threshold", "0 or more", self.threshold)
+        _require(
+            self.min_learning_rate >= 0,
+            "schedule.min_learning_rate",
+            "0 or more",
+            self.min_learning_rate,
+        )
+        _require(
+            self.early_stopping_patience >= 1,
+            "schedule.early_stopping_patience",
+            "at least 1",
+            self.early_stopping_patience,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run, whole."""
+
+    name: str = "hc18"
+    """Names the run; the default workdir is `runs/NAME`."""
+    seed: int = 0
+    """Seeds initialisation, split, data order, augmentation and dropout."""
+    model: ModelConfig = ModelConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    data: DataConfig = DataConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "name", "a non-empty name", self.name)
+        _require(self.seed >= 0, "seed", "0 or more", self.seed)
+        divisor = 16 if self.model.name == "unet" else 32
+        _require(
+            all(side % divisor == 0 for side in self.data.image_size),
+            "data.image_size",
+            f"multiples of {divisor} for {self.model.name}",
+            self.data.image_size,
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns a config dataclass as nested dicts of JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any], *, path: str = "config") -> Config:
+    """Builds the config dataclass `cls` back from `to_dict`'s output or its JSON.
+
+    Args:
+        cls: A dataclass of this file.
+        values: One entry per field; absent fields take their defaults.
+        path: How error messages name this place.
+
+    Raises:
+        InputError: A field is unknown, or a value is not of the field's type or range.
+    """
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise InputError(f"{path} has no setting {', '.join(unknown)}; it has {', '.join(hints)}")
+    return cls(
+        **{name: _convert(hints[name], value, f"{path}.{name}") for name, value in values.items()}
+    )
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """Returns `value` as the type `hint` asks for, or raises InputError naming `path`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_dict(typing.cast(type, hint), value, path=path)
+    if origin is Literal and value in arguments:
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
+        return tuple(_convert(h, v, path) for h, v in zip(arguments, value, strict=True))
+    if origin in (typing.Union, types.UnionType):
+        for alternative in arguments:
+            try:
+                return _convert(alternative, value, path)
+            except InputError:
+                continue
+    if hint is types.NoneType and value is None:
+        return None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool) and type(value) is hint:
+        return value
+    raise InputError(f"{path} can't be {value!r}: expected {hint}")

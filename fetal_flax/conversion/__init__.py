@@ -1,0 +1,1 @@
+"""PyTorch checkpoints: reading them without PyTorch, and transferring them by name."""

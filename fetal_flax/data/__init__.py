@@ -1,0 +1,1 @@
+"""Images and masks: HC18 and phantoms, splits, augmentation, batches."""

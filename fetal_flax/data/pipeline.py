@@ -1,0 +1,300 @@
+"""From records to batches on the device: which image when, loading ahead, and the transfer.
+
+What a training batch holds is a pure function of (seed, step): neither the number of workers nor
+the step at which a run was resumed changes it.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import time
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+from jaxtyping import Array, Bool, Int32, UInt8
+
+from fetal_flax.config import AugmentationConfig, DataConfig
+from fetal_flax.data.augmentation import Transform, apply_transform, draw_transform
+from fetal_flax.data.builders import Dataset
+from fetal_flax.data.images import resize_image, resize_mask
+from fetal_flax.data.workers import available_cpus, start_worker
+from fetal_flax.errors import InputError
+
+# What a random number is for; it keeps the streams of one seed apart.
+_FOR_ORDER, _FOR_AUGMENTATION = 0, 1
+
+
+class Batch(NamedTuple):
+    """Images at the network's size; uint8, which moves a quarter of float32's bytes."""
+
+    image: UInt8[np.ndarray | Array, "batch height width channels"]
+    """0 to 255; the step on the device scales to [0, 1]."""
+    mask: UInt8[np.ndarray | Array, "batch height width 1"]
+    """1 in the head, 0 outside."""
+    valid: Bool[np.ndarray | Array, "batch"]
+    """False where the last batch is padded."""
+    record: Int32[np.ndarray | Array, "batch"]
+    """Index in the dataset; -1 where padded."""
+
+
+def steps_per_epoch(image_count: int, batch_size: int) -> int:
+    """Returns how many whole batches an epoch has; the images left over sit it out.
+
+    Raises:
+        InputError: There are fewer images than a batch takes.
+    """
+    if image_count < batch_size:
+        raise InputError(
+            f"setting schedule.batch_size is {batch_size}, but only {image_count} images train"
+        )
+    return image_count // batch_size
+
+
+def training_batches(
+    dataset: Dataset,
+    indices: Sequence[int],
+    config: DataConfig,
+    augmentation: AugmentationConfig,
+    *,
+    channels: int,
+    seed: int,
+    batch_size: int,
+    total_steps: int,
+    start_step: int = 0,
+    shard: tuple[int, int] = (0, 1),
+) -> Generator[Batch, None, None]:
+    """Returns the batches of the steps from `start_step` up to `total_steps`.
+
+    Each epoch shuffles `indices` anew. Closing the iterator ends its workers; a script that uses
+    worker processes needs the usual `if __name__ == "__main__"`.
+
+    Args:
+        dataset: Where the images are.
+        indices: Records to train on.
+        config: Its `image_size`, `workers` and `prefetch` are read.
+        augmentation: How the images are varied.
+        channels: Channels of the images; grey is repeated.
+        seed: Seeds order and augmentation.
+        batch_size: Images per step, over all shards together.
+        total_steps: The step to stop before, counted from the start of the run.
+        start_step: The first step.
+        shard: This process's position among the processes, and their number; each gets its
+            share of the rows of every batch.
+
+    Raises:
+        InputError: There are fewer images than a batch takes, or shards can't share it evenly.
+    """
+    position, shards = shard
+    if batch_size % shards:
+        raise InputError(
+            f"setting schedule.batch_size is {batch_size}, not a multiple of {shards} processes"
+        )
+    samples = _TrainingSamples(
+        dataset,
+        tuple(indices),
+        config.image_size,
+        augmentation,
+        channels=channels,
+        seed=seed,
+        batch_size=batch_size,
+        steps_per_epoch=steps_per_epoch(len(indices), batch_size),
+        steps=range(start_step, total_steps),
+        rows=range(position * batch_size // shards, (position + 1) * batch_size // shards),
+    )
+    workers = _default_workers() if config.workers is None else config.workers
+    return _batches(samples, len(samples.rows), config.prefetch, workers)
+
+
+def evaluation_batches(
+    dataset: Dataset,
+    indices: Sequence[int],
+    config: DataConfig,
+    *,
+    channels: int,
+    batch_size: int,
+) -> Generator[Batch, None, None]:
+    """Returns every record of `indices` once, in order, the last batch padded with zeros.
+
+    Threads load them: worker processes take seconds to start, at every evaluation.
+    """
+    samples = _EvaluationSamples(dataset, tuple(indices), config.image_size, channels, batch_size)
+    return _batches(samples, batch_size, config.prefetch, workers=0)
+
+
+class DeviceBatches:
+    """Iterator over batches on the devices; `prefetch_to_device` makes it."""
+
+    def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, size: int):
+        self._batches = batches
+        self._sharding = sharding
+        self._size = size
+        self._ready: collections.deque[Batch] = collections.deque()
+        self.waited_seconds = 0.0
+        """Time spent in waiting for the host's batches; the rest of the loop is not counted."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        while len(self._ready) < self._size and (batch := self._next_on_host()) is not None:
+            # Returns at once: the transfer runs while the device computes.
+            self._ready.append(jax.tree.map(self._put, batch))
+        if not self._ready:
+            raise StopIteration
+        return self._ready.popleft()
+
+    def close(self) -> None:
+        """Ends the workers behind the batches, where there are any."""
+        if isinstance(self._batches, Generator):
+            self._batches.close()
+
+    def _next_on_host(self) -> Batch | None:
+        start = time.perf_counter()
+        batch = next(self._batches, None)
+        self.waited_seconds += time.perf_counter() - start
+        return batch
+
+    def _put(self, array: np.ndarray) -> Array:
+        return jax.make_array_from_process_local_data(self._sharding, array)
+
+
+def prefetch_to_device(
+    batches: Iterator[Batch], sharding: jax.sharding.Sharding, size: int = 2
+) -> DeviceBatches:
+    """Moves batches to the devices ahead of their use.
+
+    Args:
+        batches: Batches on the host; with several processes, each one's share.
+        sharding: Over which devices the leading axis is spread.
+        size: How many batches lie on the devices at a time.
+    """
+    return DeviceBatches(batches, sharding, size)
+
+
+def foreground_fraction(
+    dataset: Dataset, indices: Sequence[int], image_size: tuple[int, int]
+) -> float:
+    """Returns the heads' share of the pixels, over `indices`, at the network's size."""
+
+    def count(index: int) -> int:
+        return np.count_nonzero(resize_mask(dataset.record(index).mask, image_size))
+
+    with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
+        return sum(pool.map(count, indices)) / (len(indices) * image_size[0] * image_size[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainingSamples:
+    """The training images by position: row by row of step by step (a Grain source)."""
+
+    dataset: Dataset
+    indices: tuple[int, ...]
+    image_size: tuple[int, int]
+    augmentation: AugmentationConfig
+    _: dataclasses.KW_ONLY
+    channels: int
+    seed: int
+    batch_size: int
+    steps_per_epoch: int
+    steps: range
+    rows: range
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.rows)
+
+    def __getitem__(self, position: int) -> Batch:
+        step, row = divmod(position, len(self.rows))
+        epoch, step = divmod(self.steps[step], self.steps_per_epoch)
+        order = _epoch_order(self.seed, epoch, len(self.indices))
+        record = self.indices[order[step * self.batch_size + self.rows[row]]]
+        transform = Transform()
+        if self.augmentation.enabled:
+            rng = np.random.default_rng([self.seed, epoch, _FOR_AUGMENTATION, record])
+            transform = draw_transform(self.augmentation, rng)
+        return _sample(self.dataset, record, self.image_size, self.channels, transform)
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvaluationSamples:
+    """The images of an evaluation by position, and zeros behind the last (a Grain source)."""
+
+    dataset: Dataset
+    indices: tuple[int, ...]
+    image_size: tuple[int, int]
+    channels: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size) * self.batch_size
+
+    def __getitem__(self, position: int) -> Batch:
+        if position < len(self.indices):
+            record = self.indices[position]
+            return _sample(self.dataset, record, self.image_size, self.channels, Transform())
+        return Batch(
+            image=np.zeros((*self.image_size, self.channels), np.uint8),
+            mask=np.zeros((*self.image_size, 1), np.uint8),
+            valid=np.bool_(False),
+            record=np.int32(-1),
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
+    """Returns the order of an epoch's images."""
+    order = np.random.default_rng([seed, epoch, _FOR_ORDER]).permutation(count)
+    return tuple(order.tolist())
+
+
+def _sample(
+    dataset: Dataset, index: int, size: tuple[int, int], channels: int, transform: Transform
+) -> Batch:
+    """Loads one record as a batch without its leading axis."""
+    record = dataset.record(index)
+    image, mask = resize_image(record.image, size), resize_mask(record.mask, size)
+    image, mask = apply_transform(transform, image, mask)
+    return Batch(
+        image=np.repeat(image[..., None], channels, axis=-1),
+        mask=(mask > 0).astype(np.uint8)[..., None],
+        valid=np.bool_(True),
+        record=np.int32(index),
+    )
+
+
+def _batches(
+    samples: Any, batch_size: int, prefetch: int, workers: int
+) -> Generator[Batch, None, None]:
+    """Yields batches of consecutive samples, loaded ahead by threads or worker processes."""
+    threads = min(available_cpus(), prefetch) if workers == 0 else 1
+    batches = (
+        grain.MapDataset.source(samples)
+        .batch(batch_size)
+        .to_iter_dataset(
+            grain.ReadOptions(
+                num_threads=threads, prefetch_buffer_size=prefetch if workers == 0 else 1
+            )
+        )
+    )
+    if workers > 0:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only its apps parse.
+        options = grain.multiprocessing.MultiprocessingOptions(
+            num_workers=workers, per_worker_buffer_size=-(-prefetch // workers)
+        )
+        batches = batches.mp_prefetch(options, worker_init_fn=start_worker)
+    iterator = iter(batches)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def _default_workers() -> int:
+    """Returns how many worker processes suit this machine; few CPUs are better served by threads."""
+    cpus = available_cpus()
+    return 0 if cpus <= 4 else min(8, cpus // 2)

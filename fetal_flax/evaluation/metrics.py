@@ -1,0 +1,77 @@
+"""How well predicted masks match the annotated ones, at the images' native size.
+
+The metrics of one image are a dict of numbers by name, so that other measurements of the same
+image (distances, head circumference) join by merging dicts; `aggregate` takes whatever is there.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from fetal_flax.errors import InputError
+
+
+def segmentation_metrics(
+    prediction: Bool[np.ndarray, "height width"], truth: Bool[np.ndarray, "height width"]
+) -> dict[str, float]:
+    """Returns the overlap of a predicted and an annotated mask, each metric in [0, 1].
+
+    `dice` is 2 |P and T| / (|P| + |T|) and `iou` |P and T| / |P or T|, without smoothing; both
+    are 1 when both masks are empty (the prediction is right) and 0 when only one is.
+    `pixel_accuracy` is the share of pixels, background included, on which the masks agree.
+
+    Args:
+        prediction: True where the network sees the head.
+        truth: True inside the annotated outline.
+
+    Raises:
+        ValueError: The masks are not boolean, not 2-D, without pixels, or differ in shape.
+    """
+    if prediction.dtype != np.bool_ or truth.dtype != np.bool_:
+        raise ValueError(f"masks must be boolean, not {prediction.dtype} and {truth.dtype}")
+    if prediction.shape != truth.shape or prediction.ndim != 2 or prediction.size == 0:
+        raise ValueError(
+            "masks must have the same (height, width): "
+            f"prediction {prediction.shape}, truth {truth.shape}"
+        )
+    total = int(prediction.sum()) + int(truth.sum())
+    intersection = int((prediction & truth).sum())
+    union = total - intersection
+    return {
+        "dice": 2 * intersection / total if total else 1.0,
+        "iou": intersection / union if union else 1.0,
+        "pixel_accuracy": float((prediction == truth).mean()),
+    }
+
+
+def aggregate(per_image: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Returns the number of images `n`, and `mean` and `std` of every metric.
+
+    Every image counts the same, whatever its size. `std` is the sample standard deviation
+    (divisor n - 1), and 0 for one image.
+
+    Args:
+        per_image: The metrics of each image, such as `segmentation_metrics` returns.
+
+    Returns:
+        `{"n": 2, "dice": {"mean": 0.9, "std": 0.1}, ...}`, metrics in the first image's order.
+
+    Raises:
+        InputError: There are no images.
+        ValueError: Two images have different metrics.
+    """
+    if not per_image:
+        raise InputError("there are no images to evaluate: choose a split that has some")
+    if any(metrics.keys() != per_image[0].keys() for metrics in per_image):
+        raise ValueError("every image must have the same metrics")
+    return {"n": len(per_image)} | {
+        name: _mean_and_std(np.array([metrics[name] for metrics in per_image], np.float64))
+        for name in per_image[0]
+    }
+
+
+def _mean_and_std(values: np.ndarray) -> dict[str, float]:
+    std = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(values.mean()), "std": std}

@@ -1,0 +1,235 @@
+"""Pictures of an evaluation and of a training run, written as PNG files.
+
+Figures are built with matplotlib's objects and never through pyplot, whose global state would
+leak between callers and need a display.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+from fetal_flax.evaluation.report import write_atomically
+
+# Green and magenta stay far apart for every common kind of colour blindness, and both stand out
+# from every grey.
+TRUTH_COLOUR = (40, 220, 60)
+"""RGB of the annotated outline."""
+PREDICTION_COLOUR = (255, 0, 255)
+"""RGB of the predicted outline."""
+TRAIN_COLOUR = "#0072b2"
+VALIDATION_COLOUR = "#d55e00"
+THICK_OUTLINE_FROM = 512
+"""Longest side, in pixels, from which outlines are 2 pixels wide instead of 1."""
+SHEET_COLUMNS = 4
+SHEET_PANEL_INCHES = 2.9
+SHEET_DPI = 130
+
+
+def overlay(
+    image: UInt8[np.ndarray, "height width"],
+    *,
+    prediction: Bool[np.ndarray, "height width"] | None = None,
+    truth: Bool[np.ndarray, "height width"] | None = None,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Draws the outlines of masks on a grey image, anti-aliased.
+
+    Each runs around every part and hole of its mask. The prediction is drawn last, so the
+    annotation shows where the two differ.
+
+    Args:
+        image: Grey values.
+        prediction: The predicted mask, outlined in `PREDICTION_COLOUR`.
+        truth: The annotated mask, outlined in `TRUTH_COLOUR`.
+
+    Returns:
+        A new RGB image; pixels away from the outlines keep their grey value.
+
+    Raises:
+        ValueError: A mask's shape is not the image's.
+    """
+    rgb = np.stack([image] * 3, axis=-1)
+    thickness = 2 if max(image.shape) >= THICK_OUTLINE_FROM else 1
+    for mask, colour in ((truth, TRUTH_COLOUR), (prediction, PREDICTION_COLOUR)):
+        if mask is None:
+            continue
+        if mask.shape != image.shape:
+            raise ValueError(f"the mask is {mask.shape} and its image {image.shape}")
+        outlines, _ = cv2.findContours(
+            mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE
+        )
+        cv2.drawContours(rgb, outlines, -1, colour, thickness, cv2.LINE_AA)
+    return rgb
+
+
+def write_png(path: str | Path, rgb: UInt8[np.ndarray, "height width 3"]) -> None:
+    """Writes an RGB image as PNG; creates its folder if needed.
+
+    Raises:
+        InputError: The file can't be written.
+    """
+    _, png = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+    write_atomically(path, png.tobytes())
+
+
+def overlay_sheet(
+    path: str | Path,
+    images: Sequence[UInt8[np.ndarray, "_ _"]],
+    predictions: Sequence[Bool[np.ndarray, "_ _"]],
+    truths: Sequence[Bool[np.ndarray, "_ _"]],
+    names: Sequence[str],
+    dices: Sequence[float],
+) -> None:
+    """Writes a sheet of overlays, four to a row, each with its name and Dice above it.
+
+    Args:
+        path: The PNG file; its folder is created if needed.
+        images: Grey images in the order of the sheet; their sizes may differ.
+        predictions: The predicted mask of each image.
+        truths: The annotated mask of each image.
+        names: How each image is called.
+        dices: The Dice of each image, in [0, 1].
+
+    Raises:
+        InputError: The file can't be written.
+        ValueError: There are no images, the sequences differ in length, or a mask's shape is not
+            its image's.
+    """
+    if not images:
+        raise ValueError("a sheet needs at least one image")
+    columns = min(SHEET_COLUMNS, len(images))
+    rows = -(-len(images) // columns)
+    panel_height = SHEET_PANEL_INCHES * max(image.shape[0] / image.shape[1] for image in images)
+    figure = Figure(
+        figsize=(columns * SHEET_PANEL_INCHES, rows * (panel_height + 0.2) + 0.3),
+        dpi=SHEET_DPI,
+        layout="constrained",
+    )
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in panels:
+        panel.axis("off")
+    for panel, image, prediction, truth, name, dice in zip(
+        panels[: len(images)], images, predictions, truths, names, dices, strict=True
+    ):
+        panel.imshow(_shrunk_overlay(image, prediction, truth))
+        panel.set_title(f"{name}   Dice {dice:.3f}", fontsize=9, pad=3)
+    figure.legend(
+        handles=[
+            Line2D([], [], color="#" + bytes(colour).hex(), linewidth=2.5, label=label)
+            for label, colour in (("annotation", TRUTH_COLOUR), ("prediction", PREDICTION_COLOUR))
+        ],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=10,
+    )
+    _save(figure, path)
+
+
+def _shrunk_overlay(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Draws the outlines at the panel's size: drawn before shrinking, they would fade."""
+    width = min(image.shape[1], round(SHEET_PANEL_INCHES * SHEET_DPI))
+    size = (width, max(1, round(image.shape[0] * width / image.shape[1])))
+    return overlay(
+        cv2.resize(image, size, interpolation=cv2.INTER_AREA),
+        prediction=_shrink_mask(prediction, size),
+        truth=_shrink_mask(truth, size),
+    )
+
+
+def _shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    shares = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+    return shares >= 0.5
+
+
+def training_curves(path: str | Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Writes loss, Dice and learning rate over the epochs as one figure of three panels.
+
+    The first epoch with the highest validation Dice is marked.
+
+    Args:
+        path: The PNG file; its folder is created if needed.
+        history: One entry per finished epoch with `epoch`, `train_loss`, `validation_loss`,
+            `train_dice`, `validation_dice` and `learning_rate`.
+
+    Raises:
+        InputError: The file can't be written.
+        ValueError: The history is empty.
+    """
+    if not history:
+        raise ValueError("training curves need at least one epoch")
+    figure = Figure(figsize=(12, 3.6), dpi=120, layout="constrained")
+    loss, dice, rate = figure.subplots(1, 3)
+    _draw_loss(loss, history)
+    _draw_dice(dice, history)
+    _draw_learning_rate(rate, history)
+    for panel in (loss, dice, rate):
+        panel.set_xlabel("epoch")
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _draw_loss(panel: Axes, history: Sequence[Mapping[str, float]]) -> None:
+    _curve(panel, history, "train_loss", "train", TRAIN_COLOUR)
+    _curve(panel, history, "validation_loss", "validation", VALIDATION_COLOUR)
+    panel.set_title("Loss")
+    panel.legend(frameon=False, fontsize=9)
+
+
+def _draw_dice(panel: Axes, history: Sequence[Mapping[str, float]]) -> None:
+    best = max(history, key=lambda entry: entry["validation_dice"])
+    _curve(panel, history, "train_dice", "train", TRAIN_COLOUR)
+    _curve(panel, history, "validation_dice", "validation", VALIDATION_COLOUR)
+    panel.plot(
+        best["epoch"],
+        best["validation_dice"],
+        "o",
+        color="black",
+        fillstyle="none",
+        markersize=10,
+        label=f"best: {best['validation_dice']:.4f} in epoch {best['epoch']:.0f}",
+    )
+    panel.set_title("Dice")
+    panel.legend(frameon=False, fontsize=9)
+
+
+def _draw_learning_rate(panel: Axes, history: Sequence[Mapping[str, float]]) -> None:
+    rates = [entry["learning_rate"] for entry in history]
+    _curve(panel, history, "learning_rate", "learning rate", "black")
+    panel.set_yscale("log")
+    # Wide enough that a constant rate, too, has two labelled ticks.
+    panel.set_ylim(min(rates) / 4, max(rates) * 4)
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:.0e}"))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.set_title("Learning rate")
+
+
+def _curve(
+    panel: Axes, history: Sequence[Mapping[str, float]], key: str, label: str, colour: str
+) -> None:
+    panel.plot(
+        [entry["epoch"] for entry in history],
+        [entry[key] for entry in history],
+        label=label,
+        color=colour,
+        linewidth=1.6,
+        # A line through a single epoch would be invisible.
+        marker="o" if len(history) <= 20 else None,
+        markersize=4,
+    )
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_atomically(path, png.getvalue())

@@ -1,0 +1,1 @@
+"""The networks: pure Flax NNX code that knows nothing of data or training."""

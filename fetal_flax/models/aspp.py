@@ -1,0 +1,46 @@
+"""Atrous spatial pyramid pooling (Chen et al., arXiv:1706.05587; description, section 2)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from fetal_flax.models.blocks import ConvNorm
+from fetal_flax.models.layers import Conv, FeatureMap
+
+DILATIONS = (6, 12, 18)
+POOL_GROUPS = 32
+
+
+class ASPP(nnx.Module):
+    """A 1×1, three dilated 3×3 and a pooled branch, concatenated and projected.
+
+    Args:
+        inputs: Input channels.
+        width: Channels of each branch, a multiple of 32.
+        outputs: Channels after the projection.
+        dropout: Rate behind the projection.
+        rngs: Source of the `params` stream.
+    """
+
+    def __init__(self, inputs: int, width: int, outputs: int, *, dropout: float, rngs: nnx.Rngs):
+        self.point = ConvNorm(inputs, width, 1, rngs=rngs)
+        self.atrous = nnx.List(
+            [ConvNorm(inputs, width, 3, dilation=rate, rngs=rngs) for rate in DILATIONS]
+        )
+        self.pool_conv = Conv(inputs, width, 1, rngs=rngs)
+        # Flax's default epsilon is 1e-6, torch's 1e-5.
+        self.pool_norm = nnx.GroupNorm(width, num_groups=POOL_GROUPS, epsilon=1e-5, rngs=rngs)
+        self.project = ConvNorm((2 + len(DILATIONS)) * width, outputs, 1, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout)
+
+    def __call__(
+        self, x: FeatureMap, *, train: bool, dropout_key: Array | None = None
+    ) -> FeatureMap:
+        branches = [nnx.relu(branch(x, train=train)) for branch in (self.point, *self.atrous)]
+        pooled = nnx.relu(self.pool_norm(self.pool_conv(x.mean((1, 2), keepdims=True))))
+        # Interpolating a 1×1 map is a broadcast.
+        branches.append(jnp.broadcast_to(pooled.astype(x.dtype), (*x.shape[:3], pooled.shape[-1])))
+        y = nnx.relu(self.project(jax.lax.concatenate(branches, 3), train=train))
+        rngs = None if dropout_key is None else nnx.Rngs(dropout=dropout_key)
+        return self.dropout(y, deterministic=not train, rngs=rngs)

@@ -1,0 +1,117 @@
+"""What the networks are built of: convolution blocks and squeeze-excite."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fetal_flax.models.initializers import torch_uniform
+from fetal_flax.models.layers import BatchNorm, Conv, FeatureMap
+
+
+class ConvNorm(nnx.Module):
+    """Convolution without bias, then batch norm; the caller applies the activation.
+
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        size: Kernel height and width.
+        rngs: Source of the `params` stream.
+        conv: Further arguments of `Conv`: stride, dilation, depthwise, kernel_init.
+    """
+
+    def __init__(self, inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs, **conv):
+        self.conv = Conv(inputs, outputs, size, rngs=rngs, **conv)
+        self.norm = BatchNorm(outputs)
+
+    def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
+        return self.norm(self.conv(x), train=train)
+
+
+class DoubleConv(nnx.Module):
+    """(3×3 convolution, batch norm, ReLU) twice (Ronneberger et al. 2015, with batch norm).
+
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        rngs: Source of the `params` stream.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.first = ConvNorm(inputs, outputs, 3, rngs=rngs)
+        self.second = ConvNorm(outputs, outputs, 3, rngs=rngs)
+
+    def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
+        x = nnx.relu(self.first(x, train=train))
+        return nnx.relu(self.second(x, train=train))
+
+
+class SqueezeExcite(nnx.Module):
+    """Channel attention (Hu et al., CVPR 2018; description, section 3.2).
+
+    Args:
+        channels: Channels of the map.
+        bias: Whether the two dense layers have a bias (published code) or not (description).
+        rngs: Source of the `params` stream.
+    """
+
+    reduction = 16
+
+    def __init__(self, channels: int, *, bias: bool, rngs: nnx.Rngs):
+        hidden = max(channels // self.reduction, 1)
+        self.squeeze = _dense(channels, hidden, bias, rngs)
+        self.excite = _dense(hidden, channels, bias, rngs)
+
+    def __call__(self, x: FeatureMap) -> FeatureMap:
+        # The weights are few: they stay in at least float32 whatever the map's dtype.
+        pooled = x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        weights = nnx.sigmoid(self.excite(nnx.relu(self.squeeze(pooled))))
+        return x * weights[:, None, None, :].astype(x.dtype)
+
+
+class ResidualSEBlock(nnx.Module):
+    """Two convolutions, squeeze-excite and a shortcut (description, section 3.3).
+
+    The description puts the second ReLU before the squeeze-excite and none behind the sum; the
+    published code puts it behind the sum.
+
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        relu_after_sum: The published order instead of the described one.
+        se_bias: Whether the squeeze-excite has biases.
+        rngs: Source of the `params` stream.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, relu_after_sum: bool, se_bias: bool, rngs: nnx.Rngs
+    ):
+        self.first = ConvNorm(inputs, outputs, 3, rngs=rngs)
+        self.second = ConvNorm(outputs, outputs, 3, rngs=rngs)
+        self.se = SqueezeExcite(outputs, bias=se_bias, rngs=rngs)
+        self.shortcut = None if inputs == outputs else ConvNorm(inputs, outputs, 1, rngs=rngs)
+        self.relu_after_sum = relu_after_sum
+
+    def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
+        y = nnx.relu(self.first(x, train=train))
+        y = self.second(y, train=train)
+        if not self.relu_after_sum:
+            y = nnx.relu(y)
+        y = self.se(y)
+        y = y + (x if self.shortcut is None else self.shortcut(x, train=train))
+        return nnx.relu(y) if self.relu_after_sum else y
+
+
+def max_pool(x: FeatureMap) -> FeatureMap:
+    """2×2 maximum with stride 2; height and width are even."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+
+
+def concat(first: FeatureMap, second: FeatureMap) -> FeatureMap:
+    """Joins two maps along their channels."""
+    return jax.lax.concatenate([first, second], 3)
+
+
+def _dense(inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
+    init = torch_uniform(fan_in=inputs)
+    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=init, bias_init=init, rngs=rngs)

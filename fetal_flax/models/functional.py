@@ -1,0 +1,88 @@
+"""The networks as pure functions of flat, named arrays.
+
+`nnx.split` happens once per config; training, conversion and checkpoints see two dicts from
+names such as `aspp/atrous/0/conv/kernel` to arrays, which jit, optax and orbax take as they are.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from flax import nnx, traverse_util
+from jaxtyping import Array
+
+from fetal_flax.config import ModelConfig
+from fetal_flax.models.layers import FeatureMap
+from fetal_flax.models.unet import Logits, create_network
+
+Arrays = dict[str, Array]
+
+
+class Variables(NamedTuple):
+    """A network's arrays by name, or their shapes."""
+
+    params: Arrays
+    batch_stats: Arrays
+
+
+def init(config: ModelConfig, seed: int) -> Variables:
+    """Returns freshly initialised variables."""
+    network = create_network(config, rngs=nnx.Rngs(params=seed))
+    _, params, batch_stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+    return Variables(_flatten(params), _flatten(batch_stats))
+
+
+def shapes(config: ModelConfig) -> Variables:
+    """Returns the variables' shapes and dtypes without computing them."""
+    return jax.eval_shape(lambda: init(config, 0))
+
+
+def apply(
+    config: ModelConfig,
+    variables: Variables,
+    images: FeatureMap,
+    *,
+    train: bool = False,
+    train_encoder: bool = False,
+    dropout_key: Array | None = None,
+) -> tuple[Logits, Arrays]:
+    """Runs the network.
+
+    Args:
+        config: Which network.
+        variables: Its parameters and batch statistics.
+        images: In [0, 1].
+        train: Batch statistics and dropout in everything but the encoder.
+        train_encoder: Batch statistics in the encoder.
+        dropout_key: Needed with `train` by networks with dropout.
+
+    Returns:
+        Logits, and the batch statistics after the call.
+
+    Raises:
+        InputError: The images' shape doesn't fit the network.
+    """
+    structure, paths = _structure(config)
+    network = nnx.merge(
+        structure,
+        traverse_util.unflatten_dict(
+            {paths[name]: array for arrays in variables for name, array in arrays.items()}
+        ),
+    )
+    logits = network(images, train=train, train_encoder=train_encoder, dropout_key=dropout_key)
+    return logits, _flatten(nnx.state(network, nnx.BatchStat))
+
+
+@functools.lru_cache
+def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, tuple]]:
+    abstract = nnx.eval_shape(lambda: create_network(config, rngs=nnx.Rngs(params=0)))
+    structure, state = nnx.split(abstract)
+    return structure, {_name(path): path for path, _ in nnx.to_flat_state(state)}
+
+
+def _flatten(state: nnx.State) -> Arrays:
+    return {_name(path): variable[...] for path, variable in nnx.to_flat_state(state)}
+
+
+def _name(path: tuple) -> str:
+    return "/".join(map(str, path))

@@ -1,0 +1,169 @@
+"""Layers with PyTorch's meaning where Flax's own differ (docs/parity.md).
+
+All maps are NHWC. Parameters are float32; a layer computes in the dtype of the map it is given.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fetal_flax.errors import InputError
+from fetal_flax.models.initializers import torch_uniform
+
+FeatureMap = Float[Array, "batch height width channels"]
+
+
+def per_channel(vector: Float[Array, " channels"]) -> Float[Array, "1 1 1 channels"]:
+    """Shapes a vector to broadcast over an NHWC map; ranks never promote in silence here."""
+    return vector.reshape(1, 1, 1, -1)
+
+
+def depthwise_by_shifts(
+    x: FeatureMap, kernel: Float[Array, "3 3 1 channels"], stride: int
+) -> FeatureMap:
+    """3×3 depthwise convolution with padding 1, as nine shifted multiply-adds.
+
+    XLA's CPU backend runs grouped convolutions one group at a time; as elementwise arithmetic
+    the same sum fuses and vectorises over channels.
+    """
+    height, width = x.shape[1], x.shape[2]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return sum(
+        padded[:, row : row + height : stride, column : column + width : stride]
+        * per_channel(kernel[row, column, 0])
+        for row in range(3)
+        for column in range(3)
+    )  # pyright: ignore[reportReturnType]
+
+
+class Conv(nnx.Module):
+    """Square 2-D convolution, padded as torch pads: evenly, by `dilation · (size − 1) / 2`.
+
+    Flax's SAME pads an even map (0, 1) at stride 2, which gives the same shape and other numbers.
+
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        size: Kernel height and width, odd.
+        stride: Step in both directions.
+        dilation: Distance between taps.
+        depthwise: One filter per channel; needs `inputs == outputs`, size 3, dilation 1.
+        bias: Whether a bias is added.
+        kernel_init: What the kernel is drawn from; None is torch's default.
+        rngs: Source of the `params` stream.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        depthwise: bool = False,
+        bias: bool = False,
+        kernel_init: nnx.Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        shape = (size, size, 1 if depthwise else inputs, outputs)
+        uniform = torch_uniform(fan_in=size * size * shape[2])
+        self.kernel = nnx.Param((kernel_init or uniform)(rngs.params(), shape))
+        self.bias = nnx.Param(uniform(rngs.params(), (outputs,))) if bias else None
+        self.stride = stride
+        self.dilation = dilation
+        self.depthwise = depthwise
+
+    def __call__(self, x: FeatureMap) -> FeatureMap:
+        kernel = self.kernel[...].astype(x.dtype)
+        if self.depthwise and jax.default_backend() == "cpu":
+            y = depthwise_by_shifts(x, kernel, self.stride)
+        else:
+            padding = self.dilation * (kernel.shape[0] - 1) // 2
+            y = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                window_strides=(self.stride, self.stride),
+                padding=((padding, padding), (padding, padding)),
+                rhs_dilation=(self.dilation, self.dilation),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=x.shape[-1] if self.depthwise else 1,
+            )
+        return y if self.bias is None else y + per_channel(self.bias[...].astype(x.dtype))
+
+
+class UpConv(nnx.Module):
+    """Transposed convolution, 2×2 with stride 2: doubles height and width.
+
+    Windows do not overlap, so it is one matrix product per input pixel and a reshape.
+
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        rngs: Source of the `params` stream.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        # torch takes the fan-in of a transposed kernel from its output side.
+        uniform = torch_uniform(fan_in=4 * outputs)
+        self.kernel = nnx.Param(uniform(rngs.params(), (inputs, 2, 2, outputs)))
+        self.bias = nnx.Param(uniform(rngs.params(), (outputs,)))
+
+    def __call__(self, x: FeatureMap) -> FeatureMap:
+        batch, height, width, inputs = x.shape
+        kernel = self.kernel[...].astype(x.dtype)
+        outputs = kernel.shape[-1]
+        y = x.reshape(-1, inputs) @ kernel.reshape(inputs, -1)
+        y = y.reshape(batch, height, width, 2, 2, outputs).transpose(0, 1, 3, 2, 4, 5)
+        y = y.reshape(batch, 2 * height, 2 * width, outputs)
+        return y + per_channel(self.bias[...].astype(x.dtype))
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation as `torch.nn.BatchNorm2d` computes it.
+
+    Epsilon 1e-5; running average `0.9·old + 0.1·new`; the running variance is fed with the
+    unbiased batch variance, while the map is normalised with the biased one. Flax differs in the
+    momentum's default and feeds the biased variance. Statistics are taken in at least float32,
+    the variance about the mean and not as E[x²] − E[x]², which loses digits. Over a batch that is
+    sharded under `jax.jit` the means are global.
+
+    Args:
+        channels: Channels of the map.
+    """
+
+    epsilon = 1e-5
+    momentum = 0.1
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
+        self.mean = nnx.BatchStat(jnp.zeros(channels, jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones(channels, jnp.float32))
+
+    def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if train:
+            mean = wide.mean((0, 1, 2))
+            centred = wide - per_channel(mean)
+            var = jnp.square(centred).mean((0, 1, 2))
+            self._update_running(mean, var, count=x.size // x.shape[-1])
+        else:
+            mean, var = self.mean[...], self.var[...]
+            centred = wide - per_channel(mean)
+        gain = self.scale[...] * jax.lax.rsqrt(var + self.epsilon)
+        return (centred * per_channel(gain) + per_channel(self.bias[...])).astype(x.dtype)
+
+    def _update_running(
+        self, mean: Float[Array, " channels"], var: Float[Array, " channels"], count: int
+    ) -> None:
+        if count < 2:
+            raise InputError(
+                "batch normalisation in training needs more than one value per channel: "
+                "use a larger batch or image"
+            )
+        unbiased = var * (count / (count - 1))
+        keep = 1 - self.momentum
+        self.mean[...] = keep * self.mean[...] + self.momentum * jax.lax.stop_gradient(mean)
+        self.var[...] = keep * self.var[...] + self.momentum * jax.lax.stop_gradient(unbiased)

@@ -1,0 +1,274 @@
+"""The three networks: the proposed one and its two baselines.
+
+Each takes images in [0, 1], (batch, height, width, channels), and returns raw logits in float32,
+(batch, height, width, 1). `train=True` normalises with batch statistics, updates the running
+ones and drops out; `train_encoder=True` does the same for the encoder's batch norms, which is
+what a trainable encoder wants and a frozen one does not. No parameter is frozen here: that is
+the optimizer's business (training/optimizer.py).
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fetal_flax.config import ModelConfig
+from fetal_flax.errors import InputError
+from fetal_flax.models.aspp import ASPP, POOL_GROUPS
+from fetal_flax.models.blocks import (
+    ConvNorm,
+    DoubleConv,
+    ResidualSEBlock,
+    SqueezeExcite,
+    concat,
+    max_pool,
+)
+from fetal_flax.models.layers import Conv, FeatureMap, UpConv
+from fetal_flax.models.mobilenet_v2 import TAP_CHANNELS, MobileNetV2
+
+Logits = Float[Array, "batch height width 1"]
+
+INIT_CHANNELS = 32
+BOTTLENECK_CHANNELS = 512
+DECODER_CHANNELS = (256, 128, 64, 32, 32)  # stages 5 to 1
+SKIP_CHANNELS = (*TAP_CHANNELS[3::-1], INIT_CHANNELS)  # enc4 to enc1, then enc0
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Where the written description and the published code differ."""
+
+    aspp_width: int
+    relu_after_sum: bool
+    se_bias: bool
+
+
+VARIANTS = {
+    "described": Variant(aspp_width=128, relu_after_sum=False, se_bias=False),
+    "published": Variant(aspp_width=512, relu_after_sum=True, se_bias=True),
+}
+
+
+class SEStage(nnx.Module):
+    """One decoder stage: double the size, filter the skip, concatenate, SE-residual block.
+
+    Args:
+        inputs: Channels of the map from below.
+        skip: Channels of the skip.
+        outputs: Output channels.
+        variant: Described or published.
+        rngs: Source of the `params` stream.
+    """
+
+    def __init__(self, inputs: int, skip: int, outputs: int, variant: Variant, *, rngs: nnx.Rngs):
+        self.up = UpConv(inputs, outputs, rngs=rngs)
+        self.skip_se = SqueezeExcite(skip, bias=variant.se_bias, rngs=rngs)
+        self.block = ResidualSEBlock(
+            outputs + skip,
+            outputs,
+            relu_after_sum=variant.relu_after_sum,
+            se_bias=variant.se_bias,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: FeatureMap, skip: FeatureMap, *, train: bool) -> FeatureMap:
+        return self.block(concat(self.up(x), self.skip_se(skip)), train=train)
+
+
+class PlainStage(nnx.Module):
+    """One decoder stage of the baselines: double the size, concatenate, double convolution.
+
+    Args:
+        inputs: Channels of the map from below.
+        skip: Channels of the skip.
+        outputs: Output channels.
+        skip_first: Whether the skip comes first in the concatenation.
+        rngs: Source of the `params` stream.
+    """
+
+    def __init__(self, inputs: int, skip: int, outputs: int, *, skip_first: bool, rngs: nnx.Rngs):
+        self.up = UpConv(inputs, outputs, rngs=rngs)
+        self.block = DoubleConv(outputs + skip, outputs, rngs=rngs)
+        self.skip_first = skip_first
+
+    def __call__(self, x: FeatureMap, skip: FeatureMap, *, train: bool) -> FeatureMap:
+        x = self.up(x)
+        x = concat(skip, x) if self.skip_first else concat(x, skip)
+        return self.block(x, train=train)
+
+
+class MobileNetASPPSEUNet(nnx.Module):
+    """The proposed network: MobileNetV2 encoder, ASPP bottleneck, SE-residual decoder.
+
+    Args:
+        config: Model settings.
+        rngs: Source of the `params` stream.
+    """
+
+    divisor = 32
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        variant = VARIANTS[config.variant]
+        width = config.aspp_width or variant.aspp_width
+        if width % POOL_GROUPS:
+            raise InputError(f"setting model.aspp_width must be a multiple of 32, not {width}")
+        self.config = config
+        self.init_conv = ConvNorm(config.in_channels, INIT_CHANNELS, 3, rngs=rngs)
+        self.encoder = MobileNetV2(config.in_channels, rngs=rngs)
+        self.aspp = ASPP(
+            TAP_CHANNELS[-1], width, BOTTLENECK_CHANNELS, dropout=config.dropout, rngs=rngs
+        )
+        inputs = (BOTTLENECK_CHANNELS, *DECODER_CHANNELS[:-1])
+        self.stage5, self.stage4, self.stage3, self.stage2, self.stage1 = (
+            SEStage(*channels, variant, rngs=rngs)
+            for channels in zip(inputs, SKIP_CHANNELS, DECODER_CHANNELS, strict=True)
+        )
+        self.head = Conv(DECODER_CHANNELS[-1], 1, 1, bias=True, rngs=rngs)
+
+    def __call__(
+        self,
+        images: FeatureMap,
+        *,
+        train: bool = False,
+        train_encoder: bool = False,
+        dropout_key: Array | None = None,
+    ) -> Logits:
+        """Segments; the shapes in the comments are for 256×256 images."""
+        images = as_input(images, self.config, self.divisor)
+        enc0 = nnx.relu(self.init_conv(images, train=train))  # 256² × 32
+        # 128² × 16, 64² × 24, 32² × 32, 16² × 96, 8² × 1280
+        enc1, enc2, enc3, enc4, enc5 = self.encoder(images, train=train_encoder)
+        x = self.aspp(enc5, train=train, dropout_key=dropout_key)  # 8² × 512
+        x = self.stage5(x, enc4, train=train)  # 16² × 256
+        x = self.stage4(x, enc3, train=train)  # 32² × 128
+        x = self.stage3(x, enc2, train=train)  # 64² × 64
+        x = self.stage2(x, enc1, train=train)  # 128² × 32
+        x = self.stage1(x, enc0, train=train)  # 256² × 32
+        return as_logits(self.head(x))  # 256² × 1
+
+
+class MobileNetUNet(nnx.Module):
+    """Baseline: the same encoder, plain double convolutions in bottleneck and decoder.
+
+    Args:
+        config: Model settings.
+        rngs: Source of the `params` stream.
+    """
+
+    divisor = 32
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.init_conv = ConvNorm(config.in_channels, INIT_CHANNELS, 3, rngs=rngs)
+        self.encoder = MobileNetV2(config.in_channels, rngs=rngs)
+        self.bottleneck = DoubleConv(TAP_CHANNELS[-1], BOTTLENECK_CHANNELS, rngs=rngs)
+        inputs = (BOTTLENECK_CHANNELS, *DECODER_CHANNELS[:-1])
+        self.stage5, self.stage4, self.stage3, self.stage2, self.stage1 = (
+            PlainStage(*channels, skip_first=False, rngs=rngs)
+            for channels in zip(inputs, SKIP_CHANNELS, DECODER_CHANNELS, strict=True)
+        )
+        self.head = Conv(DECODER_CHANNELS[-1], 1, 1, bias=True, rngs=rngs)
+
+    def __call__(
+        self,
+        images: FeatureMap,
+        *,
+        train: bool = False,
+        train_encoder: bool = False,
+        dropout_key: Array | None = None,
+    ) -> Logits:
+        """Segments; the network has no dropout and leaves the key unused."""
+        images = as_input(images, self.config, self.divisor)
+        enc0 = nnx.relu(self.init_conv(images, train=train))
+        enc1, enc2, enc3, enc4, enc5 = self.encoder(images, train=train_encoder)
+        x = self.bottleneck(enc5, train=train)
+        x = self.stage5(x, enc4, train=train)
+        x = self.stage4(x, enc3, train=train)
+        x = self.stage3(x, enc2, train=train)
+        x = self.stage2(x, enc1, train=train)
+        x = self.stage1(x, enc0, train=train)
+        return as_logits(self.head(x))
+
+
+class UNet(nnx.Module):
+    """Baseline: the U-Net of Ronneberger et al. (2015) with padding and batch norm.
+
+    Args:
+        config: Model settings; `base_width` w gives w, 2w, 4w, 8w, 16w channels.
+        rngs: Source of the `params` stream.
+    """
+
+    divisor = 16
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        w1, w2, w3, w4, w5 = (config.base_width * 2**level for level in range(5))
+        self.down1 = DoubleConv(config.in_channels, w1, rngs=rngs)
+        self.down2 = DoubleConv(w1, w2, rngs=rngs)
+        self.down3 = DoubleConv(w2, w3, rngs=rngs)
+        self.down4 = DoubleConv(w3, w4, rngs=rngs)
+        self.bottom = DoubleConv(w4, w5, rngs=rngs)
+        self.stage4 = PlainStage(w5, w4, w4, skip_first=True, rngs=rngs)
+        self.stage3 = PlainStage(w4, w3, w3, skip_first=True, rngs=rngs)
+        self.stage2 = PlainStage(w3, w2, w2, skip_first=True, rngs=rngs)
+        self.stage1 = PlainStage(w2, w1, w1, skip_first=True, rngs=rngs)
+        self.head = Conv(w1, 1, 1, bias=True, rngs=rngs)
+
+    def __call__(
+        self,
+        images: FeatureMap,
+        *,
+        train: bool = False,
+        train_encoder: bool = False,
+        dropout_key: Array | None = None,
+    ) -> Logits:
+        """Segments; there is no pre-trained encoder and no dropout here."""
+        images = as_input(images, self.config, self.divisor)
+        enc1 = self.down1(images, train=train)  # 256² × w
+        enc2 = self.down2(max_pool(enc1), train=train)  # 128² × 2w
+        enc3 = self.down3(max_pool(enc2), train=train)  # 64² × 4w
+        enc4 = self.down4(max_pool(enc3), train=train)  # 32² × 8w
+        x = self.bottom(max_pool(enc4), train=train)  # 16² × 16w
+        x = self.stage4(x, enc4, train=train)
+        x = self.stage3(x, enc3, train=train)
+        x = self.stage2(x, enc2, train=train)
+        x = self.stage1(x, enc1, train=train)
+        return as_logits(self.head(x))
+
+
+Network = MobileNetASPPSEUNet | MobileNetUNet | UNet
+
+NETWORKS: dict[str, type[Network]] = {
+    "mobilenet_aspp_se_unet": MobileNetASPPSEUNet,
+    "mobilenet_unet": MobileNetUNet,
+    "unet": UNet,
+}
+
+
+def create_network(config: ModelConfig, *, rngs: nnx.Rngs) -> Network:
+    """Returns the network that `config` names, freshly initialised."""
+    return NETWORKS[config.name](config, rngs=rngs)
+
+
+def as_input(images: FeatureMap, config: ModelConfig, divisor: int) -> FeatureMap:
+    """Returns the images in the dtype that the network computes in.
+
+    That is bfloat16, or else the images' own: float32, and float64 where parity is checked.
+
+    Raises:
+        InputError: The images' shape doesn't fit the network.
+    """
+    batch, height, width, channels = images.shape if images.ndim == 4 else (0, 0, 0, 0)
+    sides_fit = height % divisor == 0 and width % divisor == 0
+    if 0 in (batch, height, width) or not sides_fit or channels != config.in_channels:
+        raise InputError(
+            f"images of shape {images.shape} don't fit {config.name}, which takes (batch, height, "
+            f"width, {config.in_channels}) with height and width multiples of {divisor}"
+        )
+    return images.astype(jnp.bfloat16) if config.dtype == "bfloat16" else images
+
+
+def as_logits(x: FeatureMap) -> Logits:
+    """Returns the head's map in at least float32, so that loss and metrics are."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

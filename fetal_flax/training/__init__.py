@@ -1,0 +1,1 @@
+"""Loss, optimizer, sharded step, loop."""

@@ -1,0 +1,77 @@
+"""Which parameters learn, and how: Adam with L2 as torch does it, frozen ones left alone."""
+
+import re
+from collections.abc import Iterable
+
+import jax
+import optax
+
+from fetal_flax.config import OptimizerConfig, TrainConfig
+from fetal_flax.errors import InputError
+
+MAIN, ENCODER, FROZEN = "main", "encoder", "frozen"
+
+
+def freezing_rules(config: TrainConfig) -> tuple[tuple[str, str], ...]:
+    """Returns anchored patterns of parameter names with the group each belongs to."""
+    return (
+        (r"encoder/.+", ENCODER if config.encoder.trainable else FROZEN),
+        (r"(init_conv|aspp|bottleneck|down[1-4]|bottom|stage[1-5]|head)/.+", MAIN),
+    )
+
+
+def label_parameters(names: Iterable[str], rules: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Returns the group of every parameter.
+
+    Raises:
+        InputError: A name matches no rule, or rules of two groups; a renamed module must not
+            thaw, or freeze, in silence.
+    """
+    labels = {}
+    for name in names:
+        groups = {group for pattern, group in rules if re.fullmatch(pattern, name)}
+        if len(groups) != 1:
+            raise InputError(
+                f"parameter {name} matches {'no' if not groups else 'more than one'} freezing "
+                "rule: amend freezing_rules in fetal_flax/training/optimizer.py"
+            )
+        labels[name] = groups.pop()
+    return labels
+
+
+def create_optimizer(
+    config: OptimizerConfig, labels: dict[str, str]
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer; its `update` takes `learning_rates`, a rate per learning group.
+
+    The rates are arguments, not constants, so that a plateau changes them without a new trace.
+    Frozen parameters get no moments.
+    """
+    learning = optax.chain(
+        # torch.optim.Adam's weight_decay is L2: it enters the moments, unlike AdamW's.
+        optax.add_decayed_weights(config.l2),
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+    )
+    transforms = {
+        group: optax.chain(learning, _scale_by_rate_of(group)) for group in (MAIN, ENCODER)
+    }
+    return optax.multi_transform({**transforms, FROZEN: optax.set_to_zero()}, labels)
+
+
+def initial_learning_rates(config: TrainConfig) -> dict[str, float]:
+    """Returns the learning rate of each group that learns."""
+    rates = {MAIN: config.optimizer.learning_rate}
+    if config.encoder.trainable and config.model.name != "unet":
+        rates[ENCODER] = config.encoder.learning_rate
+    return rates
+
+
+def _scale_by_rate_of(group: str) -> optax.GradientTransformationExtraArgs:
+    def update(updates, state, params=None, *, learning_rates, **_):
+        del params
+        if group not in learning_rates:
+            return updates, state
+        rate = learning_rates[group]
+        return jax.tree.map(lambda direction: -rate * direction, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -1,0 +1,64 @@
+"""What the validation Dice decides: lower learning rates, a new best, the end of training.
+
+Small immutable states, updated once per epoch on the host and stored in every checkpoint.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from fetal_flax.config import ScheduleConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Plateau:
+    """State of `torch.optim.lr_scheduler.ReduceLROnPlateau` in mode "max", threshold "rel".
+
+    Attributes:
+        best: Highest metric that beat its predecessor by the threshold.
+        bad_epochs: Epochs since.
+    """
+
+    best: float = -math.inf
+    bad_epochs: int = 0
+
+    def update(
+        self, metric: float, rates: Mapping[str, float], config: ScheduleConfig
+    ) -> tuple["Plateau", dict[str, float]]:
+        """Takes an epoch's metric; returns the next state and the learning rates to go on with."""
+        if metric > self.best * (1 + config.threshold):
+            return Plateau(best=metric), dict(rates)
+        if self.bad_epochs + 1 <= config.patience:
+            return Plateau(self.best, self.bad_epochs + 1), dict(rates)
+        return Plateau(self.best), {group: _reduced(rate, config) for group, rate in rates.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStopping:
+    """Stops after `early_stopping_patience` epochs in a row without a new best metric.
+
+    Attributes:
+        best: Highest metric so far.
+        best_epoch: Its epoch, counted from 1; 0 before the first.
+        bad_epochs: Epochs since.
+    """
+
+    best: float = -math.inf
+    best_epoch: int = 0
+    bad_epochs: int = 0
+
+    def update(self, metric: float, epoch: int) -> "EarlyStopping":
+        """Takes the metric of `epoch`; returns the next state."""
+        if metric > self.best:
+            return EarlyStopping(metric, epoch)
+        return EarlyStopping(self.best, self.best_epoch, self.bad_epochs + 1)
+
+    def should_stop(self, config: ScheduleConfig) -> bool:
+        """Returns whether patience has run out."""
+        return self.bad_epochs >= config.early_stopping_patience
+
+
+def _reduced(rate: float, config: ScheduleConfig) -> float:
+    lower = max(rate * config.factor, config.min_learning_rate)
+    # torch's `eps`: a change too small to matter is not made.
+    return lower if rate - lower > 1e-8 else rate

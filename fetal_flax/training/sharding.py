@@ -1,0 +1,39 @@
+"""Where arrays live: one mesh over all devices, the batch split over it, the rest on each."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fetal_flax.errors import InputError
+
+BATCH_AXIS = "batch"
+
+
+def create_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a one-dimensional mesh over `devices`, or over all there are."""
+    return Mesh(np.asarray(devices or jax.devices()), (BATCH_AXIS,))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding that splits an array's first axis over the mesh."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding that keeps a whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Refuses a batch that can't be split evenly.
+
+    Raises:
+        InputError: The device count doesn't divide the batch size.
+    """
+    if batch_size % mesh.size:
+        raise InputError(
+            f"setting schedule.batch_size is {batch_size}, which {mesh.size} devices can't share "
+            f"evenly: use a multiple of {mesh.size}"
+        )

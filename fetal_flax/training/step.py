@@ -1,0 +1,148 @@
+"""One training step and one validation step, as pure functions under `jax.jit`.
+
+State and shardings are declared, the training state is donated, and each step is traced once per
+run. There is no `pmap` (legacy in today's JAX): the batch is sharded over a mesh, the rest is
+replicated, and XLA inserts the collectives. Batch norm is global for the same reason.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from fetal_flax.config import TrainConfig
+from fetal_flax.models import functional
+from fetal_flax.models.functional import Arrays, Variables
+from fetal_flax.training import losses
+from fetal_flax.training.optimizer import (
+    FROZEN,
+    create_optimizer,
+    freezing_rules,
+    initial_learning_rates,
+    label_parameters,
+)
+from fetal_flax.training.sharding import batch_sharding, replicated
+
+DeviceBatch = dict[str, Array]
+"""`image` uint8 (batch, height, width, channels), `mask` uint8 0 or 1 (batch, height, width, 1),
+`valid` bool (batch,)."""
+
+Metrics = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """All that a step reads and replaces."""
+
+    step: Array
+    params: Arrays
+    batch_stats: Arrays
+    opt_state: optax.OptState
+    learning_rates: Arrays
+
+
+class Steps(NamedTuple):
+    """The compiled functions of a run."""
+
+    train: Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[Variables, DeviceBatch], Metrics]
+
+
+def create_state(config: TrainConfig, variables: Variables, mesh: Mesh) -> TrainState:
+    """Returns the state before the first step, on every device of the mesh."""
+    labels = label_parameters(variables.params, freezing_rules(config))
+    dtype = _dtype(variables.params)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables.params,
+        batch_stats=variables.batch_stats,
+        opt_state=create_optimizer(config.optimizer, labels).init(variables.params),
+        learning_rates={
+            group: jnp.asarray(rate, dtype)
+            for group, rate in initial_learning_rates(config).items()
+        },
+    )
+    # Copied, because the state is donated and the caller may keep the variables.
+    return jax.device_put(state, replicated(mesh), may_alias=False)
+
+
+def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
+    """Returns the run's training and validation steps.
+
+    Args:
+        config: The run.
+        pos_weight: Factor on the cross-entropy of foreground pixels, resolved to a number.
+        mesh: Devices that share the batch.
+
+    Returns:
+        `train(state, batch)`, which consumes the state and returns the next one with `loss` and
+        `dice` of the batch, and `evaluate(variables, batch)`, which returns the `loss` over the
+        valid images and `dice` per image.
+    """
+    labels = label_parameters(functional.shapes(config.model).params, freezing_rules(config))
+    optimizer = create_optimizer(config.optimizer, labels)
+    train_encoder = config.encoder.trainable or config.encoder.frozen_batch_norm == "batch"
+    dropout_key = jax.random.key(config.seed)
+
+    def loss_of(logits: Array, batch: DeviceBatch, masks: Array) -> Array:
+        return losses.dice_bce_loss(
+            logits, masks, batch["valid"], config=config.loss, pos_weight=pos_weight
+        )
+
+    def train(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
+        frozen = {name: a for name, a in state.params.items() if labels[name] == FROZEN}
+        learning = {name: a for name, a in state.params.items() if labels[name] != FROZEN}
+        images, masks = _to_float(batch, _dtype(state.params))
+
+        def loss_function(learning: Arrays) -> tuple[Array, tuple[Array, Arrays]]:
+            logits, batch_stats = functional.apply(
+                config.model,
+                Variables(learning | frozen, state.batch_stats),
+                images,
+                train=True,
+                train_encoder=train_encoder,
+                dropout_key=jax.random.fold_in(dropout_key, state.step),
+            )
+            return loss_of(logits, batch, masks), (logits, batch_stats)
+
+        # Differentiating by what learns alone leaves no gradient through a frozen encoder.
+        (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_function, has_aux=True)(
+            learning
+        )
+        # optax raises float decays to integer counts; our own arithmetic stays strict.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(
+                gradients | jax.tree.map(jnp.zeros_like, frozen),
+                state.opt_state,
+                state.params,
+                learning_rates=state.learning_rates,
+            )
+        # Frozen arrays pass by untouched: adding a zero update would turn -0.0 into 0.0.
+        learning = {name: array + updates[name] for name, array in learning.items()}
+        next_state = TrainState(
+            state.step + 1, learning | frozen, batch_stats, opt_state, state.learning_rates
+        )
+        return next_state, {"loss": loss, "dice": losses.hard_dice(logits, masks).mean()}
+
+    def evaluate(variables: Variables, batch: DeviceBatch) -> Metrics:
+        images, masks = _to_float(batch, _dtype(variables.params))
+        logits, _ = functional.apply(config.model, variables, images)
+        return {"loss": loss_of(logits, batch, masks), "dice": losses.hard_dice(logits, masks)}
+
+    whole, split = replicated(mesh), batch_sharding(mesh)
+    return Steps(
+        jax.jit(train, in_shardings=(whole, split), out_shardings=(whole, whole), donate_argnums=0),
+        jax.jit(evaluate, in_shardings=(whole, split), out_shardings=whole),
+    )
+
+
+def _to_float(batch: DeviceBatch, dtype: jnp.dtype) -> tuple[Array, Array]:
+    return batch["image"].astype(dtype) / 255, batch["mask"].astype(dtype)
+
+
+def _dtype(params: Arrays) -> jnp.dtype:
+    """Returns the parameters' dtype: float32, or float64 where parity is checked."""
+    return next(iter(params.values())).dtype
