@@ -56,7 +56,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """The MobileNetV2 encoder's weights and whether they learn (description, sections 1 and 8.4)."""
+    """The MobileNetV2 encoder: its weights, and whether they learn (description, 1 and 8.4)."""
 
     weights: str = "imagenet1k_v2"
     """`imagenet1k_v1`, `imagenet1k_v2` (torchvision's files, downloaded once), the path of a

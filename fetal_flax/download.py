@@ -52,6 +52,8 @@ def fetch(url: str, destination: Path, *, sha256: str, size: int | None = None) 
         unfinished.chmod(0o644)  # mkstemp lets only the owner read.
         unfinished.replace(destination)
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # It holds the connection.
         reason = getattr(error, "reason", None) or error
         raise InputError(f"can't download {url} ({reason}): {by_hand}") from None
     except InputError as error:

@@ -1,7 +1,7 @@
 """The one exception that means "the user can fix this"."""
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Bad input from the user: a file, a setting, a command line.
 
     The message is one sentence that names the file or field and the way out; the command line

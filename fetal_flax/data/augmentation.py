@@ -11,6 +11,7 @@ which threads would share.
 
 import dataclasses
 import os
+import sys
 
 import cv2
 import numpy as np
@@ -18,10 +19,13 @@ from jaxtyping import UInt8
 
 from fetal_flax.config import AugmentationConfig
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # It asks PyPI for news when imported.
+# When imported, albumentations asks PyPI for news and loads PyTorch where that is installed.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+sys.modules["albumentations.pytorch"] = None  # pyright: ignore
+import albumentations  # noqa: E402
+from albumentations.augmentations.geometric import functional  # noqa: E402
 
-import albumentations
-from albumentations.augmentations.geometric import functional
+del sys.modules["albumentations.pytorch"]
 
 _FLIP = albumentations.HorizontalFlip(p=1)
 _WARP = albumentations.Affine(

@@ -5,7 +5,7 @@ needs no TensorFlow: records come from ArrayRecord files, images as the PNG byte
 stored as.
 """
 
-import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import fcntl
@@ -27,7 +27,13 @@ from fetal_flax.config import DataConfig
 from fetal_flax.data import hc18
 from fetal_flax.data.images import decode_gray, encode_png
 from fetal_flax.data.phantom import make_phantom
-from fetal_flax.data.workers import available_cpus, start_worker
+from fetal_flax.data.workers import (
+    MISSING_GUARD,
+    available_cpus,
+    can_start_workers,
+    require_main_guard,
+    start_worker,
+)
 from fetal_flax.errors import InputError
 
 _SPLIT = "train"  # TFDS reserves "all"; the split into training and validation is splits.py's.
@@ -179,7 +185,7 @@ class FetalPhantom(_Builder):
     def _examples(self) -> Iterator[dict[str, Any]]:
         make = functools.partial(_phantom_example, self._seed, self._size)
         workers = min(available_cpus(), self._count // _PHANTOMS_PER_WORKER)
-        if workers <= 1:
+        if workers <= 1 or not can_start_workers():
             yield from _with_progress(map(make, range(self._count)), "phantoms", self._count)
             return
         with concurrent.futures.ProcessPoolExecutor(
@@ -228,6 +234,7 @@ def _with_progress(
 
 def _prepare(make_builder: Callable[[], tfds.core.DatasetBuilder], folder: Path) -> None:
     """Has TFDS write the dataset under `folder` unless it is there."""
+    require_main_guard()  # Such a process would wait for ever for its parent's lock.
     try:
         with _locked(folder):
             builder = make_builder()
@@ -238,6 +245,10 @@ def _prepare(make_builder: Callable[[], tfds.core.DatasetBuilder], folder: Path)
             tfds.disable_progress_bar()
             with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself there.
                 builder.download_and_prepare()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise InputError(
+            f"the workers that make the phantoms ended early: {MISSING_GUARD}"
+        ) from None
     except OSError as error:
         raise InputError(f"can't write the prepared dataset to {folder}: {error}") from None
 

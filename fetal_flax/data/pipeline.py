@@ -4,13 +4,15 @@ What a training batch holds is a pure function of (seed, step): neither the numb
 the step at which a run was resumed changes it.
 """
 
+import atexit
 import collections
 import concurrent.futures
 import dataclasses
 import functools
 import time
+import weakref
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import grain
 import jax
@@ -22,8 +24,10 @@ from fetal_flax.config import AugmentationConfig, DataConfig
 from fetal_flax.data.augmentation import Transform, apply_transform, draw_transform
 from fetal_flax.data.builders import Dataset
 from fetal_flax.data.images import resize_image, resize_mask
-from fetal_flax.data.workers import available_cpus, start_worker
+from fetal_flax.data.workers import available_cpus, can_start_workers, start_worker
 from fetal_flax.errors import InputError
+
+HostOrDevice: TypeAlias = np.ndarray | Array
 
 # What a random number is for; it keeps the streams of one seed apart.
 _FOR_ORDER, _FOR_AUGMENTATION = 0, 1
@@ -32,13 +36,13 @@ _FOR_ORDER, _FOR_AUGMENTATION = 0, 1
 class Batch(NamedTuple):
     """Images at the network's size; uint8, which moves a quarter of float32's bytes."""
 
-    image: UInt8[np.ndarray | Array, "batch height width channels"]
+    image: UInt8[HostOrDevice, "batch height width channels"]
     """0 to 255; the step on the device scales to [0, 1]."""
-    mask: UInt8[np.ndarray | Array, "batch height width 1"]
+    mask: UInt8[HostOrDevice, "batch height width 1"]
     """1 in the head, 0 outside."""
-    valid: Bool[np.ndarray | Array, "batch"]
+    valid: Bool[HostOrDevice, "batch"]
     """False where the last batch is padded."""
-    record: Int32[np.ndarray | Array, "batch"]
+    record: Int32[HostOrDevice, "batch"]
     """Index in the dataset; -1 where padded."""
 
 
@@ -182,7 +186,7 @@ def foreground_fraction(
     """Returns the heads' share of the pixels, over `indices`, at the network's size."""
 
     def count(index: int) -> int:
-        return np.count_nonzero(resize_mask(dataset.record(index).mask, image_size))
+        return int(np.count_nonzero(resize_mask(dataset.record(index).mask, image_size)))
 
     with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
         return sum(pool.map(count, indices)) / (len(indices) * image_size[0] * image_size[1])
@@ -239,8 +243,8 @@ class _EvaluationSamples:
         return Batch(
             image=np.zeros((*self.image_size, self.channels), np.uint8),
             mask=np.zeros((*self.image_size, 1), np.uint8),
-            valid=np.bool_(False),
-            record=np.int32(-1),
+            valid=np.array(False),
+            record=np.array(-1, np.int32),
         )
 
 
@@ -261,15 +265,15 @@ def _sample(
     return Batch(
         image=np.repeat(image[..., None], channels, axis=-1),
         mask=(mask > 0).astype(np.uint8)[..., None],
-        valid=np.bool_(True),
-        record=np.int32(index),
+        valid=np.array(True),
+        record=np.array(index, np.int32),
     )
 
 
 def _batches(
     samples: Any, batch_size: int, prefetch: int, workers: int
 ) -> Generator[Batch, None, None]:
-    """Yields batches of consecutive samples, loaded ahead by threads or worker processes."""
+    """Returns batches of consecutive samples, loaded ahead by threads or worker processes."""
     threads = min(available_cpus(), prefetch) if workers == 0 else 1
     batches = (
         grain.MapDataset.source(samples)
@@ -287,14 +291,30 @@ def _batches(
             num_workers=workers, per_worker_buffer_size=-(-prefetch // workers)
         )
         batches = batches.mp_prefetch(options, worker_init_fn=start_worker)
-    iterator = iter(batches)
+    generator = _closing(iter(batches))
+    _open_batches.add(generator)
+    return generator
+
+
+def _closing(iterator: Any) -> Generator[Batch, None, None]:
+    """Yields from a Grain iterator and closes it at the end, or when itself closed."""
     try:
         yield from iterator
     finally:
         iterator.close()
 
 
+_open_batches: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_open_batches() -> None:
+    """Ends the workers of a script that just stops; Python's teardown is too late for them."""
+    for batches in list(_open_batches):
+        batches.close()
+
+
 def _default_workers() -> int:
-    """Returns how many worker processes suit this machine; few CPUs are better served by threads."""
+    """Returns how many worker processes suit this machine; threads serve few CPUs better."""
     cpus = available_cpus()
-    return 0 if cpus <= 4 else min(8, cpus // 2)
+    return min(8, cpus // 2) if cpus > 4 and can_start_workers() else 0

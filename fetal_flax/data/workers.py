@@ -2,9 +2,18 @@
 
 import multiprocessing
 import os
+import sys
 import threading
+from pathlib import Path
 
 import cv2
+
+from fetal_flax.errors import InputError
+
+MISSING_GUARD = (
+    'a script that loads data in worker processes needs `if __name__ == "__main__":` around'
+    " what it does"
+)
 
 
 def available_cpus() -> int:
@@ -12,6 +21,22 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def can_start_workers() -> bool:
+    """Returns whether processes can be spawned: they import the script, which stdin can't offer."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    return script is None or Path(script).exists()
+
+
+def require_main_guard() -> None:
+    """Stops a spawned process that runs the whole script again while it imports it.
+
+    Raises:
+        InputError: The script has no `if __name__ == "__main__":`.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise InputError(MISSING_GUARD)
 
 
 def start_worker(*_: object) -> None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from fetal_flax.evaluation.report import write_atomically
+from fetal_flax.files import write_atomically
 
 # Green and magenta stay far apart for every common kind of colour blindness, and both stand out
 # from every grey.

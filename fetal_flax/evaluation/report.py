@@ -1,12 +1,5 @@
-"""The files that an evaluation leaves behind: `metrics.json`, `per_image.csv` and masks.
+"""The files that an evaluation leaves behind: `metrics.json`, `per_image.csv` and masks."""
 
-A reader never sees half a file: each is written beside its place and then moved there.
-"""
-
-import csv
-import io
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +8,8 @@ import cv2
 import numpy as np
 from jaxtyping import Bool
 
-from fetal_flax.errors import InputError
 from fetal_flax.evaluation.metrics import aggregate
+from fetal_flax.files import csv_bytes, json_bytes, write_atomically
 
 
 def write_metrics(
@@ -54,7 +47,7 @@ def write_metrics(
         [name, *(values[metric] for metric in per_image[0]), *others]
         for name, values, *others in zip(names, per_image, *columns.values(), strict=True)
     ]
-    files = {"per_image.csv": _csv([header, *rows]), "metrics.json": _json(metrics)}
+    files = {"per_image.csv": csv_bytes([header, *rows]), "metrics.json": json_bytes(metrics)}
     for name, content in files.items():
         write_atomically(Path(output_dir) / name, content)
     return metrics
@@ -75,37 +68,3 @@ def write_mask(path: str | Path, mask: Bool[np.ndarray, "height width"]) -> None
         raise ValueError(f"a mask must be 2-D and boolean, not {mask.dtype} {mask.shape}")
     _, png = cv2.imencode(".png", mask.astype(np.uint8) * 255)
     write_atomically(path, png.tobytes())
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Writes a file whole or not at all; creates its folder if needed.
-
-    Raises:
-        InputError: The file can't be written; whatever was at `path` is still there.
-    """
-    path = Path(path)
-    # In the same folder, since a move between file systems is a copy; the process id keeps
-    # two runs apart.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise InputError(
-            f"can't write {path} ({error.strerror}): choose an output folder that can be written"
-        ) from error
-
-
-def _csv(rows: Sequence[Sequence[object]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
-
-
-def _json(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()

@@ -29,8 +29,10 @@ class ASPP(nnx.Module):
             [ConvNorm(inputs, width, 3, dilation=rate, rngs=rngs) for rate in DILATIONS]
         )
         self.pool_conv = Conv(inputs, width, 1, rngs=rngs)
-        # Flax's default epsilon is 1e-6, torch's 1e-5.
-        self.pool_norm = nnx.GroupNorm(width, num_groups=POOL_GROUPS, epsilon=1e-5, rngs=rngs)
+        # Flax's default epsilon is 1e-6, torch's 1e-5; its fast variance loses digits.
+        self.pool_norm = nnx.GroupNorm(
+            width, num_groups=POOL_GROUPS, epsilon=1e-5, use_fast_variance=False, rngs=rngs
+        )
         self.project = ConvNorm((2 + len(DILATIONS)) * width, outputs, 1, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 
@@ -38,9 +40,12 @@ class ASPP(nnx.Module):
         self, x: FeatureMap, *, train: bool, dropout_key: Array | None = None
     ) -> FeatureMap:
         branches = [nnx.relu(branch(x, train=train)) for branch in (self.point, *self.atrous)]
-        pooled = nnx.relu(self.pool_norm(self.pool_conv(x.mean((1, 2), keepdims=True))))
+        pooled = self.pool_conv(x.mean((1, 2), keepdims=True))
+        # Flax's own arithmetic mixes dtypes; ours stays strict.
+        with jax.numpy_dtype_promotion("standard"):
+            pooled = nnx.relu(self.pool_norm(pooled)).astype(x.dtype)
         # Interpolating a 1×1 map is a broadcast.
-        branches.append(jnp.broadcast_to(pooled.astype(x.dtype), (*x.shape[:3], pooled.shape[-1])))
+        branches.append(jnp.broadcast_to(pooled, (*x.shape[:3], pooled.shape[-1])))
         y = nnx.relu(self.project(jax.lax.concatenate(branches, 3), train=train))
         rngs = None if dropout_key is None else nnx.Rngs(dropout=dropout_key)
         return self.dropout(y, deterministic=not train, rngs=rngs)

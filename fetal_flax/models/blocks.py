@@ -1,7 +1,7 @@
 """What the networks are built of: convolution blocks and squeeze-excite."""
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from fetal_flax.models.initializers import torch_uniform
@@ -63,7 +63,7 @@ class SqueezeExcite(nnx.Module):
 
     def __call__(self, x: FeatureMap) -> FeatureMap:
         # The weights are few: they stay in at least float32 whatever the map's dtype.
-        pooled = x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        pooled = x.mean((1, 2), dtype=np.promote_types(x.dtype, np.float32))
         weights = nnx.sigmoid(self.excite(nnx.relu(self.squeeze(pooled))))
         return x * weights[:, None, None, :].astype(x.dtype)
 

@@ -17,6 +17,9 @@ from fetal_flax.models.unet import Logits, create_network
 
 Arrays = dict[str, Array]
 
+ENCODER = "encoder/"
+STEM = "encoder/blocks/0/conv/kernel"
+
 
 class Variables(NamedTuple):
     """A network's arrays by name, or their shapes."""
@@ -35,6 +38,13 @@ def init(config: ModelConfig, seed: int) -> Variables:
 def shapes(config: ModelConfig) -> Variables:
     """Returns the variables' shapes and dtypes without computing them."""
     return jax.eval_shape(lambda: init(config, 0))
+
+
+def encoder_part(variables: Variables) -> Variables:
+    """Returns the encoder's variables alone; none of a network that has no encoder."""
+    return Variables(
+        *({n: a for n, a in arrays.items() if n.startswith(ENCODER)} for arrays in variables)
+    )
 
 
 def apply(

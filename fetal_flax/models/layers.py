@@ -5,36 +5,18 @@ All maps are NHWC. Parameters are float32; a layer computes in the dtype of the 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from fetal_flax.errors import InputError
+from fetal_flax.models.convolution import FeatureMap, convolution
 from fetal_flax.models.initializers import torch_uniform
-
-FeatureMap = Float[Array, "batch height width channels"]
 
 
 def per_channel(vector: Float[Array, " channels"]) -> Float[Array, "1 1 1 channels"]:
     """Shapes a vector to broadcast over an NHWC map; ranks never promote in silence here."""
     return vector.reshape(1, 1, 1, -1)
-
-
-def depthwise_by_shifts(
-    x: FeatureMap, kernel: Float[Array, "3 3 1 channels"], stride: int
-) -> FeatureMap:
-    """3×3 depthwise convolution with padding 1, as nine shifted multiply-adds.
-
-    XLA's CPU backend runs grouped convolutions one group at a time; as elementwise arithmetic
-    the same sum fuses and vectorises over channels.
-    """
-    height, width = x.shape[1], x.shape[2]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return sum(
-        padded[:, row : row + height : stride, column : column + width : stride]
-        * per_channel(kernel[row, column, 0])
-        for row in range(3)
-        for column in range(3)
-    )  # pyright: ignore[reportReturnType]
 
 
 class Conv(nnx.Module):
@@ -77,19 +59,9 @@ class Conv(nnx.Module):
 
     def __call__(self, x: FeatureMap) -> FeatureMap:
         kernel = self.kernel[...].astype(x.dtype)
-        if self.depthwise and jax.default_backend() == "cpu":
-            y = depthwise_by_shifts(x, kernel, self.stride)
-        else:
-            padding = self.dilation * (kernel.shape[0] - 1) // 2
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                window_strides=(self.stride, self.stride),
-                padding=((padding, padding), (padding, padding)),
-                rhs_dilation=(self.dilation, self.dilation),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                feature_group_count=x.shape[-1] if self.depthwise else 1,
-            )
+        y = convolution(
+            x, kernel, stride=self.stride, dilation=self.dilation, depthwise=self.depthwise
+        )
         return y if self.bias is None else y + per_channel(self.bias[...].astype(x.dtype))
 
 
@@ -143,7 +115,7 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.ones(channels, jnp.float32))
 
     def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(np.promote_types(x.dtype, np.float32))
         if train:
             mean = wide.mean((0, 1, 2))
             centred = wide - per_channel(mean)

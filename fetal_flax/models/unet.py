@@ -10,6 +10,7 @@ the optimizer's business (training/optimizer.py).
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -271,4 +272,4 @@ def as_input(images: FeatureMap, config: ModelConfig, divisor: int) -> FeatureMa
 
 def as_logits(x: FeatureMap) -> Logits:
     """Returns the head's map in at least float32, so that loss and metrics are."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(np.promote_types(x.dtype, np.float32))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import optax
@@ -67,11 +68,12 @@ def initial_learning_rates(config: TrainConfig) -> dict[str, float]:
 
 
 def _scale_by_rate_of(group: str) -> optax.GradientTransformationExtraArgs:
-    def update(updates, state, params=None, *, learning_rates, **_):
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: Any = None, **extra: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        if group not in learning_rates:
-            return updates, state
-        rate = learning_rates[group]
+        # A group without parameters has no rate, and nothing to scale.
+        rate = extra["learning_rates"].get(group)
         return jax.tree.map(lambda direction: -rate * direction, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -1,6 +1,7 @@
 """Where arrays live: one mesh over all devices, the batch split over it, the rest on each."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from fetal_flax.errors import InputError
 BATCH_AXIS = "batch"
 
 
-def create_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def create_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a one-dimensional mesh over `devices`, or over all there are."""
     return Mesh(np.asarray(devices or jax.devices()), (BATCH_AXIS,))
 

@@ -5,8 +5,7 @@ run. There is no `pmap` (legacy in today's JAX): the batch is sharded over a mes
 replicated, and XLA inserts the collectives. Batch norm is global for the same reason.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from fetal_flax.config import TrainConfig
+from fetal_flax.data.pipeline import Batch
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Arrays, Variables
 from fetal_flax.training import losses
@@ -26,10 +26,6 @@ from fetal_flax.training.optimizer import (
     label_parameters,
 )
 from fetal_flax.training.sharding import batch_sharding, replicated
-
-DeviceBatch = dict[str, Array]
-"""`image` uint8 (batch, height, width, channels), `mask` uint8 0 or 1 (batch, height, width, 1),
-`valid` bool (batch,)."""
 
 Metrics = dict[str, Array]
 
@@ -45,10 +41,12 @@ class TrainState(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The compiled functions of a run."""
+    """The jitted functions of a run."""
 
-    train: Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]
-    evaluate: Callable[[Variables, DeviceBatch], Metrics]
+    train: jax.stages.Wrapped
+    """(TrainState, Batch) → (TrainState, Metrics)."""
+    evaluate: jax.stages.Wrapped
+    """(Variables, Batch) → Metrics."""
 
 
 def create_state(config: TrainConfig, variables: Variables, mesh: Mesh) -> TrainState:
@@ -87,15 +85,13 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
     train_encoder = config.encoder.trainable or config.encoder.frozen_batch_norm == "batch"
     dropout_key = jax.random.key(config.seed)
 
-    def loss_of(logits: Array, batch: DeviceBatch, masks: Array) -> Array:
-        return losses.dice_bce_loss(
-            logits, masks, batch["valid"], config=config.loss, pos_weight=pos_weight
-        )
+    def loss_of(logits: Array, masks: Array, valid: Array) -> Array:
+        return losses.dice_bce_loss(logits, masks, valid, config=config.loss, pos_weight=pos_weight)
 
-    def train(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
+    def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         frozen = {name: a for name, a in state.params.items() if labels[name] == FROZEN}
         learning = {name: a for name, a in state.params.items() if labels[name] != FROZEN}
-        images, masks = _to_float(batch, _dtype(state.params))
+        images, masks, valid = _to_float(batch, _dtype(state.params))
 
         def loss_function(learning: Arrays) -> tuple[Array, tuple[Array, Arrays]]:
             logits, batch_stats = functional.apply(
@@ -106,7 +102,7 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
                 train_encoder=train_encoder,
                 dropout_key=jax.random.fold_in(dropout_key, state.step),
             )
-            return loss_of(logits, batch, masks), (logits, batch_stats)
+            return loss_of(logits, masks, valid), (logits, batch_stats)
 
         # Differentiating by what learns alone leaves no gradient through a frozen encoder.
         (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_function, has_aux=True)(
@@ -115,22 +111,23 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
         # optax raises float decays to integer counts; our own arithmetic stays strict.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(
-                gradients | jax.tree.map(jnp.zeros_like, frozen),
+                gradients | {name: jnp.zeros_like(array) for name, array in frozen.items()},
                 state.opt_state,
                 state.params,
                 learning_rates=state.learning_rates,
             )
         # Frozen arrays pass by untouched: adding a zero update would turn -0.0 into 0.0.
+        updates = cast(Arrays, updates)
         learning = {name: array + updates[name] for name, array in learning.items()}
         next_state = TrainState(
             state.step + 1, learning | frozen, batch_stats, opt_state, state.learning_rates
         )
         return next_state, {"loss": loss, "dice": losses.hard_dice(logits, masks).mean()}
 
-    def evaluate(variables: Variables, batch: DeviceBatch) -> Metrics:
-        images, masks = _to_float(batch, _dtype(variables.params))
+    def evaluate(variables: Variables, batch: Batch) -> Metrics:
+        images, masks, valid = _to_float(batch, _dtype(variables.params))
         logits, _ = functional.apply(config.model, variables, images)
-        return {"loss": loss_of(logits, batch, masks), "dice": losses.hard_dice(logits, masks)}
+        return {"loss": loss_of(logits, masks, valid), "dice": losses.hard_dice(logits, masks)}
 
     whole, split = replicated(mesh), batch_sharding(mesh)
     return Steps(
@@ -139,8 +136,10 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
     )
 
 
-def _to_float(batch: DeviceBatch, dtype: jnp.dtype) -> tuple[Array, Array]:
-    return batch["image"].astype(dtype) / 255, batch["mask"].astype(dtype)
+def _to_float(batch: Batch, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
+    """Returns images in [0, 1], masks of 0 and 1, and which images count."""
+    images, masks = jnp.asarray(batch.image, dtype), jnp.asarray(batch.mask, dtype)
+    return images / 255, masks, jnp.asarray(batch.valid)
 
 
 def _dtype(params: Arrays) -> jnp.dtype:

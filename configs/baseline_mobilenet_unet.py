@@ -1,0 +1,17 @@
+"""Baseline: U-Net decoder on a MobileNetV2 encoder that goes on learning, on HC18.
+
+    python train.py --config configs/baseline_mobilenet_unet.py
+
+`--encoder.no-trainable` freezes the encoder.
+"""
+
+from fetal_flax.config import EncoderConfig, ModelConfig, TrainConfig
+
+
+def config() -> TrainConfig:
+    """Returns the run's settings."""
+    return TrainConfig(
+        name="baseline_mobilenet_unet",
+        model=ModelConfig(name="mobilenet_unet"),
+        encoder=EncoderConfig(trainable=True),
+    )

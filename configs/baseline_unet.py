@@ -1,0 +1,15 @@
+"""Baseline: the standard U-Net of base width 32 on HC18, from scratch.
+
+    python train.py --config configs/baseline_unet.py
+"""
+
+from fetal_flax.config import EncoderConfig, ModelConfig, TrainConfig
+
+
+def config() -> TrainConfig:
+    """Returns the run's settings."""
+    return TrainConfig(
+        name="baseline_unet",
+        model=ModelConfig(name="unet"),
+        encoder=EncoderConfig(weights="none"),
+    )

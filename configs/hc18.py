@@ -1,0 +1,14 @@
+"""The recipe: the described network on HC18, with the class weight that the data has.
+
+    python train.py --config configs/hc18.py
+
+downloads HC18 (Zenodo 1327317) and torchvision's MobileNetV2 once; a local folder goes in with
+`--data.data-dir DIR`, a local file with `--encoder.weights FILE`.
+"""
+
+from fetal_flax.config import TrainConfig
+
+
+def config() -> TrainConfig:
+    """Returns the run's settings: every default is the recipe's."""
+    return TrainConfig(name="hc18")

@@ -1,0 +1,233 @@
+"""Self-describing checkpoints: arrays by name, and a description of what they are.
+
+The only file that knows Orbax. A training workdir and a converted directory look alike:
+
+    DIR/checkpoints/EPOCH/variables     parameters and batch statistics, by name
+    DIR/checkpoints/EPOCH/training      step, optimizer state, learning rates; training only
+    DIR/checkpoints/EPOCH/description   JSON: kind, network, image size, config, progress
+
+Saving is atomic: Orbax marks a checkpoint as complete last, and ignores one that isn't.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from fetal_flax.config import ModelConfig, from_dict, to_dict
+from fetal_flax.errors import InputError
+from fetal_flax.models import functional
+from fetal_flax.models.functional import Variables
+
+FORMAT = 1
+FOLDER = "checkpoints"
+_policies = checkpoint_managers.preservation_policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a checkpoint holds, readable without loading it."""
+
+    kind: Literal["network", "encoder"]
+    """A whole network, or a MobileNetV2 encoder alone."""
+    model: ModelConfig
+    """The network; of an encoder, one that it fits."""
+    image_size: tuple[int, int] = (256, 256)
+    """Height and width that the network was trained at."""
+    config: Mapping[str, Any] | None = None
+    """The training run's config, where there was one."""
+    progress: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Epoch, history and schedule state of the run, or the source of a conversion."""
+
+
+class TrainingCheckpoints:
+    """The checkpoints of a run: the last two and the best by validation Dice.
+
+    Args:
+        workdir: The run's folder.
+    """
+
+    def __init__(self, workdir: Path):
+        keep = _policies.AnyPreservationPolicy(
+            [_policies.LatestN(2), _policies.BestN(get_metric_fn=_dice, n=1)]
+        )
+        self._manager = ocp.CheckpointManager(
+            (workdir / FOLDER).resolve(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=keep, best_fn=_dice, best_mode="max"
+            ),
+        )
+
+    def save(
+        self,
+        epoch: int,
+        variables: Variables,
+        training: Any,
+        description: Description,
+        validation_dice: float,
+    ) -> None:
+        """Saves in the background; the arrays may be donated as soon as this returns."""
+        self._manager.save(
+            epoch,
+            args=ocp.args.Composite(
+                variables=ocp.args.StandardSave(variables._asdict()),
+                training=ocp.args.StandardSave(training),
+                description=ocp.args.JsonSave(_to_json(description)),
+            ),
+            metrics={"dice": validation_dice},
+        )
+
+    def restore_latest(
+        self, variables: Variables, training: Any
+    ) -> tuple[Variables, Any, Description] | None:
+        """Restores the last checkpoint, or returns None where there is none.
+
+        Args:
+            variables: Arrays or shapes with the shardings to restore to.
+            training: The same for what `save` got as `training`.
+        """
+        epoch = self._manager.latest_step()
+        if epoch is None:
+            return None
+        restored = self._manager.restore(
+            epoch,
+            args=ocp.args.Composite(
+                variables=ocp.args.StandardRestore(variables._asdict()),
+                training=ocp.args.StandardRestore(training),
+                description=ocp.args.JsonRestore(),
+            ),
+        )
+        description = _from_json(restored["description"], f"checkpoint {epoch}")
+        return Variables(**restored["variables"]), restored["training"], description
+
+    def close(self) -> None:
+        """Waits until everything is saved."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def save(directory: Path, variables: Variables, description: Description) -> None:
+    """Saves variables that no training goes on from, such as converted ones.
+
+    Raises:
+        InputError: The directory already holds a checkpoint.
+    """
+    if (directory / FOLDER).exists():
+        raise InputError(f"{directory} already holds a checkpoint: choose another --output")
+    with ocp.CheckpointManager((directory / FOLDER).resolve()) as manager:
+        manager.save(
+            0,
+            args=ocp.args.Composite(
+                variables=ocp.args.StandardSave(variables._asdict()),
+                description=ocp.args.JsonSave(_to_json(description)),
+            ),
+        )
+
+
+def load(directory: Path) -> tuple[Variables, Description]:
+    """Loads a whole network: a run's best checkpoint, or a converted one.
+
+    Raises:
+        InputError: There is no checkpoint, it can't be read, or it holds an encoder alone.
+    """
+    with _reader(directory) as manager:
+        epoch, description = _describe(manager, directory)
+        if description.kind != "network":
+            raise InputError(
+                f"{directory} holds an encoder alone: train a network on it with "
+                f"--encoder.weights {directory}"
+            )
+        return _load(manager, epoch, functional.shapes(description.model)), description
+
+
+def load_encoder(directory: Path, expected: Variables) -> Variables:
+    """Loads the encoder of a converted encoder or of a whole network.
+
+    Args:
+        directory: Holds the checkpoint.
+        expected: Shapes to load.
+
+    Raises:
+        InputError: There is no checkpoint, it can't be read, or the shapes differ.
+    """
+    with _reader(directory) as manager:
+        epoch, description = _describe(manager, directory)
+        shapes = functional.shapes(description.model)
+        if description.kind == "encoder":
+            shapes = functional.encoder_part(shapes)
+        loaded = functional.encoder_part(_load(manager, epoch, shapes))
+    for ours, theirs in zip(expected, loaded, strict=True):
+        differing = [n for n in ours if n not in theirs or ours[n].shape != theirs[n].shape]
+        if differing:
+            channels = expected.params[functional.STEM].shape[2]
+            raise InputError(
+                f"{directory} has another encoder ({differing[0]} differs): convert the "
+                f"torchvision file again with --channels {channels}"
+            )
+    return loaded
+
+
+def exists(directory: Path) -> bool:
+    """Returns whether a run or a conversion has left checkpoints here."""
+    return (directory / FOLDER).is_dir()
+
+
+def _reader(directory: Path) -> ocp.CheckpointManager:
+    if not exists(directory):
+        raise InputError(
+            f"{directory} holds no checkpoint: give a training workdir or a converted directory"
+        )
+    return ocp.CheckpointManager(
+        (directory / FOLDER).resolve(),
+        options=ocp.CheckpointManagerOptions(
+            read_only=True, save_interval_steps=0, create=False, best_fn=_dice, best_mode="max"
+        ),
+    )
+
+
+def _describe(manager: ocp.CheckpointManager, directory: Path) -> tuple[int, Description]:
+    epoch = manager.best_step()
+    if epoch is None:
+        epoch = manager.latest_step()
+    if epoch is None:
+        raise InputError(f"{directory} holds no complete checkpoint: train or convert again")
+    args = ocp.args.Composite(description=ocp.args.JsonRestore())
+    return epoch, _from_json(manager.restore(epoch, args=args)["description"], str(directory))
+
+
+def _load(manager: ocp.CheckpointManager, epoch: int, shapes: Variables) -> Variables:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes._asdict()
+    )
+    args = ocp.args.Composite(variables=ocp.args.StandardRestore(abstract))
+    return Variables(**manager.restore(epoch, args=args)["variables"])
+
+
+def _dice(metrics: Mapping[str, float]) -> float:
+    return metrics["dice"]
+
+
+def _to_json(description: Description) -> dict[str, Any]:
+    return {"format": FORMAT, **to_dict(description)}
+
+
+def _from_json(values: dict[str, Any], source: str) -> Description:
+    values = dict(values)
+    found = values.pop("format", None)
+    if found != FORMAT:
+        raise InputError(
+            f"{source} has checkpoint format {found}, this version reads {FORMAT}: "
+            "use the version of fetal_flax that wrote it"
+        )
+    return Description(
+        kind=values["kind"],
+        model=from_dict(ModelConfig, values["model"], path="model"),
+        image_size=tuple(values["image_size"]),
+        config=values["config"],
+        progress=values["progress"],
+    )

@@ -1,0 +1,233 @@
+"""The `fetal-flax` command.
+
+Commands import what they need when they run: `--help` should not wait for JAX.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import absl.logging
+import tyro
+
+from fetal_flax.config import DataConfig, TrainConfig
+from fetal_flax.errors import InputError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a network; --section.field VALUE overrides any setting of the config."""
+
+    settings: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config: Path = CONFIGS / "phantom.py"
+    """File whose `config()` gives the settings; a resumed run takes its workdir's."""
+    workdir: Path | None = None
+    """Where everything goes; runs/NAME by default."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on behind the last complete epoch in the workdir."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Build everything, run one step, print the plan and write nothing."""
+
+    def run(self) -> int:
+        """Trains, or prints the plan."""
+        from fetal_flax.training import loop, plan
+
+        workdir = self.workdir or Path("runs", self.settings.name)
+        if self.dry_run:
+            plan.dry_run(self.settings)
+        else:
+            loop.train(self.settings, workdir, resume=self.resume)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Turn a PyTorch checkpoint into a self-describing one, without PyTorch."""
+
+    source: Path
+    """torchvision's MobileNetV2, .pth or .safetensors."""
+    output: Path
+    """Directory to make."""
+    channels: Literal[1, 3] = 1
+    """Image channels; 1 takes the mean of the RGB stem."""
+
+    def run(self) -> int:
+        """Converts."""
+        from fetal_flax.conversion.convert import convert
+
+        convert(self.source, self.output, channels=self.channels)
+        print(f"converted {self.source} to {self.output}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareData:
+    """Check an HC18 folder and build the data set from it, or download HC18 first."""
+
+    source: Path | None = None
+    """Folder in the official layout, complete or a subset; without it, HC18 from Zenodo."""
+    cache_dir: str = DataConfig.cache_dir
+    """Where the data set is built; the setting data.cache_dir."""
+
+    def run(self) -> int:
+        """Prepares."""
+        from fetal_flax.data.builders import open_dataset
+
+        source = None if self.source is None else str(self.source)
+        dataset = open_dataset(DataConfig(data_dir=source, cache_dir=self.cache_dir), seed=0)
+        examinations = len(set(dataset.examinations))
+        print(f"{len(dataset)} images of {examinations} examinations are ready")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Measure a network on annotated images: metrics.json, per_image.csv and masks."""
+
+    checkpoint: Path
+    """Training workdir (its best checkpoint) or converted directory."""
+    output: Path
+    """Folder for the results."""
+    data_dir: Path | None = None
+    """HC18 folder in the official layout; without it, the data that the run was trained on."""
+    split: Literal["train", "validation", "all"] = "all"
+    """Which side of the run's split."""
+
+    def run(self) -> int:
+        """Evaluates, and prints the headline."""
+        from fetal_flax.evaluation.evaluate import evaluate
+
+        metrics = evaluate(self.checkpoint, self.output, data_dir=self.data_dir, split=self.split)
+        for name in ("dice", "iou", "pixel_accuracy"):
+            print(f"{name:15s} {metrics[name]['mean']:.4f} ± {metrics[name]['std']:.4f}")
+        print(f"{metrics['n']} images; metrics.json, per_image.csv and masks are in {self.output}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """Segment an image or a folder of images: masks, overlays, and logits on request."""
+
+    checkpoint: Path
+    """Training workdir (its best checkpoint) or converted directory."""
+    input: Path
+    """Image, or folder of images."""
+    output: Path
+    """Folder for the results."""
+    save_logits: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write logits/NAME.npy too: float32 at the network's size, before the sigmoid."""
+
+    def run(self) -> int:
+        """Segments what can be read; 2 if something could not be."""
+        from fetal_flax.inference.predict import predict
+
+        report = predict(self.checkpoint, self.input, self.output, save_logits=self.save_logits)
+        for problem in report.failed:
+            print(f"fetal-flax predict: {problem}", file=sys.stderr)
+        print(f"{len(report.predicted)} images segmented; masks and overlays are in {self.output}")
+        return 2 if report.failed else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Summarize:
+    """Print parameters and multiply-accumulates of every network, by part."""
+
+    model: str | None = None
+    """One network's name; without it, all."""
+
+    def run(self) -> int:
+        """Prints."""
+        import rich.console
+
+        from fetal_flax import summary
+
+        rich.console.Console().print(summary.render(summary.summaries(self.model)))
+        return 0
+
+
+COMMANDS: dict[str, Any] = {
+    "train": Train,
+    "convert": Convert,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "summary": Summarize,
+    "data prepare": PrepareData,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: Command and flags; None takes the process's.
+
+    Returns:
+        The exit code: 0 done; 2 bad input, which a sentence on stderr names; 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Orbax and Grain warn of their own settings, which no user can act on.
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    name = next((name for name in COMMANDS if arguments[: name.count(" ") + 1] == name.split()), "")
+    if not name:
+        print(_usage(), file=sys.stderr if arguments not in (["-h"], ["--help"]) else sys.stdout)
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    flags = arguments[name.count(" ") + 1 :]
+    try:
+        return _parse(name, flags).run()
+    except InputError as error:
+        print(f"fetal-flax {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Returns what the `config()` of a file such as `configs/hc18.py` gives.
+
+    Raises:
+        InputError: There is no such file, or it has no `config()` that returns a TrainConfig.
+    """
+    if not path.is_file():
+        raise InputError(f"--config {path} is no file: give one such as configs/hc18.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"--config {path} is no Python file: give one such as configs/hc18.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    make: Callable[[], object] | None = getattr(module, "config", None)
+    config = make() if make else None
+    if not isinstance(config, TrainConfig):
+        raise InputError(f"--config {path} has no function config() that returns a TrainConfig")
+    return config
+
+
+def _parse(name: str, flags: list[str]) -> Any:
+    command = COMMANDS[name]
+    default = _train_default(flags) if command is Train else tyro.MISSING_NONPROP
+    return tyro.cli(command, prog=f"fetal-flax {name}", args=flags, default=default)
+
+
+def _train_default(flags: list[str]) -> Train:
+    """Returns `train` with the settings that the flags are to override."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--workdir", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    known, _ = parser.parse_known_args(flags)
+    if known.resume and known.workdir and not known.config:
+        from fetal_flax.training.loop import read_config
+
+        return Train(read_config(known.workdir))
+    return Train(load_config(known.config or Train.config))
+
+
+def _usage() -> str:
+    lines = ["usage: fetal-flax COMMAND [FLAGS]; fetal-flax COMMAND --help tells its flags", ""]
+    lines += [f"  {name:13s} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""`fetal-flax evaluate`: a network's masks against annotated ones, at native size."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import rich.console
+import rich.progress
+
+from fetal_flax import checkpoints
+from fetal_flax.checkpoints import Description
+from fetal_flax.config import DataConfig, from_dict, to_dict
+from fetal_flax.data import splits
+from fetal_flax.data.builders import Dataset, open_dataset
+from fetal_flax.errors import InputError
+from fetal_flax.evaluation.metrics import segmentation_metrics
+from fetal_flax.evaluation.report import write_mask, write_metrics
+from fetal_flax.inference.predictor import Predictor, native_mask
+
+SplitName = Literal["train", "validation", "all"]
+
+
+def evaluate(
+    checkpoint: Path, output: Path, *, data_dir: Path | None = None, split: SplitName = "all"
+) -> dict[str, Any]:
+    """Segments annotated images and measures how well the masks match.
+
+    Writes `masks/NAME.png` (native size, 0 or 255), `per_image.csv` and `metrics.json`, and
+    overwrites files of these names. In `metrics.json`, `run` says what was evaluated.
+
+    Args:
+        checkpoint: Training workdir or converted directory.
+        output: Folder for the results; created if needed.
+        data_dir: HC18 folder; None takes the data set that the checkpoint was trained with.
+        split: Which side of the training run's own split; `all` includes the images that the
+            network was trained with, where the run had them.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        InputError: `checkpoint` holds no network, or no `split.json` where a side of the split is
+            asked for; the data set isn't given, can't be used or lacks images of the split; or a
+            result can't be written.
+    """
+    variables, description = checkpoints.load(checkpoint)
+    if split != "all":
+        _check_has_split(checkpoint, split)
+    data, seed = _data_settings(checkpoint, description, data_dir)
+    dataset = open_dataset(data, seed)
+    indices = _indices(checkpoint, dataset, split)
+    predictor = Predictor(description.model, variables, description.image_size)
+    names, per_image = [], []
+    records = map(dataset.record, _with_progress(indices))
+    for record, logits in predictor.segment(records, lambda record: record.image):
+        mask = native_mask(logits, record.image.shape)
+        write_mask(output / "masks" / f"{record.name}.png", mask)
+        names.append(record.name)
+        per_image.append(segmentation_metrics(mask, record.mask > 0))
+    run = {
+        "checkpoint": str(checkpoint),
+        "epoch": _epoch(description),
+        "split": split,
+        "dataset": data.dataset,
+        "data_dir": data.data_dir,
+        "image_size": list(description.image_size),
+        "model": to_dict(description.model),
+    }
+    return write_metrics(output, names, per_image, run=run)
+
+
+def _check_has_split(checkpoint: Path, split: str) -> None:
+    if not (checkpoint / "split.json").is_file():
+        raise InputError(
+            f"{checkpoint} has no split.json, so it has no {split} images: take --split all, or "
+            "a training workdir"
+        )
+
+
+def _data_settings(
+    checkpoint: Path, description: Description, data_dir: Path | None
+) -> tuple[DataConfig, int]:
+    """Returns the data settings and the seed that phantoms are drawn with."""
+    if data_dir is not None:
+        return DataConfig(dataset="hc18", data_dir=str(data_dir)), 0
+    if description.config is None:
+        raise InputError(
+            f"{checkpoint} was not trained here and names no data set: give an HC18 folder as "
+            "--data-dir"
+        )
+    data = from_dict(DataConfig, description.config["data"], path="data")
+    return data, description.config["seed"]
+
+
+def _indices(checkpoint: Path, dataset: Dataset, split: SplitName) -> Sequence[int]:
+    if split == "all":
+        return range(len(dataset))
+    sides = splits.read_manifest(checkpoint / "split.json", dataset.names)
+    return sides.train if split == "train" else sides.validation
+
+
+def _with_progress(indices: Sequence[int]) -> Iterable[int]:
+    console = rich.console.Console(stderr=True)
+    return rich.progress.track(indices, "Evaluating", console=console)
+
+
+def _epoch(description: Description) -> int | None:
+    """Returns the epoch of a run's checkpoint; a converted one has none."""
+    history = description.progress.get("history")
+    return history[-1]["epoch"] if history else None

@@ -1,0 +1,156 @@
+"""Convolution as PyTorch pads it, in the cheapest exact form for the backend and the shapes.
+
+Every form computes the same sum as `plain_convolution`; tests/models/test_convolution.py holds
+each to it, forward and gradient, in float64. docs/performance.md says what each one saves.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+FeatureMap = Float[Array, "batch height width channels"]
+Kernel = Float[Array, "rows columns inputs outputs"]
+
+# A band of the weight gradient's right-hand side should stay in a core's cache.
+BAND_BYTES = 8 * 2**20
+
+
+def convolution(
+    x: FeatureMap, kernel: Kernel, *, stride: int = 1, dilation: int = 1, depthwise: bool = False
+) -> FeatureMap:
+    """2-D convolution with padding `dilation · (size − 1) / 2` on every side.
+
+    Args:
+        x: Map of any height and width.
+        kernel: Square with an odd size; its `inputs` are 1 if `depthwise`.
+        stride: Step in both directions.
+        dilation: Distance between taps.
+        depthwise: One filter per channel.
+
+    Returns:
+        A map with `ceil(side / stride)` rows and columns.
+    """
+    if kernel.shape[0] == stride == 1:
+        return x @ kernel[0, 0]
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and depthwise and kernel.shape[0] == 3 and dilation == 1:
+        return depthwise_by_shifts(x, kernel, stride)
+    if on_cpu and not depthwise and kernel.shape[0] == 3 and stride == dilation == 1:
+        return convolution_3x3(x, kernel)
+    if stride == 1:
+        kernel = live_taps(kernel, dilation, x.shape[1], x.shape[2])
+    return plain_convolution(x, kernel, stride=stride, dilation=dilation, depthwise=depthwise)
+
+
+def plain_convolution(
+    x: FeatureMap, kernel: Kernel, *, stride: int = 1, dilation: int = 1, depthwise: bool = False
+) -> FeatureMap:
+    """The convolution as XLA does it, for odd kernels of any height and width."""
+    rows, columns = (dilation * (size // 2) for size in kernel.shape[:2])
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((rows, rows), (columns, columns)),
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1] if depthwise else 1,
+    )
+
+
+def live_taps(kernel: Kernel, dilation: int, height: int, width: int) -> Kernel:
+    """Drops the taps of a stride-1 kernel that read only padding on a map of this size.
+
+    With padding equal to the dilation, a 3×3 kernel with dilation 12 or 18 is exactly a 1×1
+    convolution on an 8×8 map: the other eight taps reach past it wherever they stand.
+    """
+
+    def live(size: int, side: int) -> slice:
+        reach = min(size // 2, (side - 1) // dilation)
+        return slice(size // 2 - reach, size // 2 + reach + 1)
+
+    return kernel[live(kernel.shape[0], height), live(kernel.shape[1], width)]
+
+
+def depthwise_by_shifts(x: FeatureMap, kernel: Kernel, stride: int) -> FeatureMap:
+    """3×3 depthwise convolution as nine shifted multiply-adds.
+
+    XLA's CPU backend runs grouped convolutions channel by channel; as elementwise arithmetic the
+    same sum vectorises over channels and fuses with its neighbours.
+    """
+    height, width = x.shape[1], x.shape[2]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    y = jnp.zeros((), x.dtype)
+    for row in range(3):
+        for column in range(3):
+            shifted = padded[:, row : row + height : stride, column : column + width : stride]
+            y = y + shifted * kernel[row, column, 0].reshape(1, 1, 1, -1)
+    return y
+
+
+@jax.custom_vjp
+def convolution_3x3(x: FeatureMap, kernel: Kernel) -> FeatureMap:
+    """3×3 convolution with stride 1 whose weight gradient is a sum of matrix products.
+
+    XLA's CPU backend takes the weight gradient as a convolution with a kernel as large as the
+    map, 3 to 5 times as slow from 64×64 upwards.
+    """
+    return plain_convolution(x, kernel)
+
+
+def _forward(x: FeatureMap, kernel: Kernel) -> tuple[FeatureMap, tuple[FeatureMap, Kernel]]:
+    return plain_convolution(x, kernel), (x, kernel)
+
+
+def _backward(saved: tuple[FeatureMap, Kernel], gradient: FeatureMap) -> tuple[FeatureMap, Kernel]:
+    x, kernel = saved
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    return plain_convolution(gradient, turned), weight_gradient_3x3(x, gradient)
+
+
+convolution_3x3.defvjp(_forward, _backward)
+
+
+def weight_gradient_3x3(x: FeatureMap, gradient: FeatureMap) -> Kernel:
+    """Gradient of a 3×3, stride-1 convolution by its kernel.
+
+    Nine shifted copies of one side, next to each other, times the other side is one matrix
+    product that holds all nine taps; it is summed over bands of rows. The side with fewer
+    channels is the one that is copied.
+
+    Args:
+        x: What was convolved.
+        gradient: Of the loss by the convolution's output.
+    """
+    if x.shape[-1] < gradient.shape[-1]:
+        return _sum_over_bands(copied=x, other=gradient)
+    # Seen from the output gradient, the taps stand the other way round.
+    return _sum_over_bands(copied=gradient, other=x)[::-1, ::-1].swapaxes(2, 3)
+
+
+def _sum_over_bands(copied: FeatureMap, other: FeatureMap) -> Kernel:
+    """Returns `sum copied[y + row − 1, x + column − 1, i] · other[y, x, o]` for every tap."""
+    batch, height, width, channels = copied.shape
+    row_bytes = batch * width * 9 * channels * copied.dtype.itemsize
+    rows = _largest_divisor(height, at_most=max(BAND_BYTES // row_bytes, 1))
+    padded = jnp.pad(copied, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+    def add_band(total: Array, top: Array) -> tuple[Array, None]:
+        band = lax.dynamic_slice_in_dim(padded, top, rows + 2, axis=1)
+        shifted = [
+            band[:, row : row + rows, column : column + width]
+            for row in range(3)
+            for column in range(3)
+        ]
+        left = lax.concatenate(shifted, 3).reshape(-1, 9 * channels)
+        right = lax.dynamic_slice_in_dim(other, top, rows, axis=1)
+        return total + left.T @ right.reshape(-1, other.shape[-1]), None
+
+    start = jnp.zeros((9 * channels, other.shape[-1]), copied.dtype)
+    total, _ = lax.scan(add_band, start, jnp.arange(0, height, rows))
+    return total.reshape(3, 3, channels, other.shape[-1])
+
+
+def _largest_divisor(number: int, *, at_most: int) -> int:
+    return next(d for d in range(min(number, at_most), 0, -1) if number % d == 0)

@@ -1,0 +1,448 @@
+"""A training run from its config to its workdir.
+
+WORKDIR/config.json          the whole config
+WORKDIR/split.json           which image is on which side
+WORKDIR/run.json             what was found out at the start: pos_weight, versions, devices
+WORKDIR/checkpoints/         the last two epochs and the best
+WORKDIR/metrics.csv          a row per epoch; tensorboard/ has the same and every step
+WORKDIR/curves.png           loss, Dice and learning rate over the epochs
+WORKDIR/validation.png       validation images with the outlines of truth and prediction
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fetal_flax import checkpoints
+from fetal_flax.checkpoints import Description, TrainingCheckpoints
+from fetal_flax.config import TrainConfig, from_dict, to_dict
+from fetal_flax.conversion.encoder_weights import load_encoder
+from fetal_flax.data import splits
+from fetal_flax.data.builders import Dataset, open_dataset
+from fetal_flax.data.pipeline import (
+    DeviceBatches,
+    evaluation_batches,
+    foreground_fraction,
+    prefetch_to_device,
+    steps_per_epoch,
+    training_batches,
+)
+from fetal_flax.errors import InputError
+from fetal_flax.evaluation import pictures
+from fetal_flax.files import json_bytes, write_atomically
+from fetal_flax.inference.predictor import Predictor
+from fetal_flax.models import functional
+from fetal_flax.models.functional import Variables
+from fetal_flax.training.progress import Bar, Logs, Progress
+from fetal_flax.training.schedule import EarlyStopping, Plateau
+from fetal_flax.training.sharding import batch_sharding, check_batch_size, create_mesh, replicated
+from fetal_flax.training.step import Steps, TrainState, create_state, create_steps
+
+SHEET_IMAGES = 12
+# Settings that may change when a run is resumed: they don't change what a step computes.
+RESUMABLE = ("schedule.epochs", "data.workers", "data.prefetch", "data.cache_dir", "data.data_dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that is settled before the first step."""
+
+    config: TrainConfig
+    dataset: Dataset
+    split: splits.Split
+    pos_weight: float
+    mesh: jax.sharding.Mesh
+    steps: Steps
+    steps_per_epoch: int
+    variables: Variables
+
+    def description(self, progress: dict[str, Any]) -> Description:
+        """Returns what the run's checkpoints say of themselves."""
+        return Description(
+            kind="network",
+            model=self.config.model,
+            image_size=self.config.data.image_size,
+            config=to_dict(self.config) | {"pos_weight": self.pos_weight},
+            progress=progress,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Progressed:
+    """Where a run stands between two epochs, besides its arrays."""
+
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    plateau: Plateau = dataclasses.field(default_factory=Plateau)
+    stopping: EarlyStopping = dataclasses.field(default_factory=EarlyStopping)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs done."""
+        return len(self.history)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the state for a checkpoint's description."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progressed":
+        """Returns the state from a checkpoint's description."""
+        return cls(
+            list(values["history"]),
+            Plateau(**values["plateau"]),
+            EarlyStopping(**values["stopping"]),
+        )
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Loads weights and data, splits, and builds the steps; nothing is written but caches.
+
+    Raises:
+        InputError: A setting, a weight file or the data set can't be used.
+    """
+    mesh = create_mesh()
+    check_batch_size(config.schedule.batch_size, mesh)
+    cache_dir = Path(config.data.cache_dir).expanduser()
+    encoder = load_encoder(config.encoder.weights, config.model, cache_dir)
+    dataset = open_dataset(config.data, config.seed)
+    split = splits.split(dataset.names, dataset.examinations, **_split_method(config))
+    epoch_steps = steps_per_epoch(len(split.train), config.schedule.batch_size)
+    pos_weight = config.loss.pos_weight
+    if pos_weight == "auto":
+        foreground = foreground_fraction(dataset, split.train, config.data.image_size)
+        pos_weight = (1 - foreground) / foreground
+    variables = functional.init(config.model, config.seed)
+    if encoder is not None:
+        variables = Variables(
+            variables.params | encoder.params, variables.batch_stats | encoder.batch_stats
+        )
+    return Run(
+        config=config,
+        dataset=dataset,
+        split=split,
+        pos_weight=float(pos_weight),
+        mesh=mesh,
+        steps=create_steps(config, float(pos_weight), mesh),
+        steps_per_epoch=epoch_steps,
+        variables=variables,
+    )
+
+
+def train(config: TrainConfig, workdir: Path, *, resume: bool = False) -> Path:
+    """Trains to the last epoch or until validation Dice stops rising.
+
+    Args:
+        config: The run.
+        workdir: Where everything goes; must hold no run yet, unless `resume`.
+        resume: Go on behind the last complete epoch in `workdir`.
+
+    Returns:
+        `workdir`.
+
+    Raises:
+        InputError: Settings, files or data can't be used; the message says which.
+    """
+    check_workdir(config, workdir, resume=resume)
+    run = prepare(config)
+    progress = Progress(config.schedule.epochs)
+    progress.say(describe(run))
+    state = create_state(config, run.variables, run.mesh)
+    saved = TrainingCheckpoints(workdir)
+    with contextlib.closing(saved):
+        restored = saved.restore_latest(_variables(state), _training(state)) if resume else None
+        done = Progressed()
+        if restored is not None:
+            variables, training, description = restored
+            state = TrainState(**variables._asdict(), **training)
+            done = Progressed.from_json(dict(description.progress))
+            progress.say(f"resuming behind epoch {done.epochs}")
+        _write_start(run, workdir)
+        logs = Logs(workdir, int(state.step))
+        done = _train_epochs(run, state, done, saved, logs, progress)
+    pictures.training_curves(workdir / "curves.png", done.history)
+    _write_sheet(run, workdir)
+    progress.say(
+        f"best validation Dice {done.stopping.best:.4f} in epoch {done.stopping.best_epoch}; "
+        f"curves.png, validation.png, metrics.csv and checkpoints are in {workdir}"
+    )
+    return workdir
+
+
+def describe(run: Run) -> str:
+    """Returns the run in three lines: network, data, devices."""
+    config, split = run.config, run.split
+    encoder = "trainable" if config.encoder.trainable else "frozen"
+    weights = {"none": "random weights"}.get(config.encoder.weights, config.encoder.weights)
+    of_encoder = "" if config.model.name == "unet" else f", {encoder} encoder from {weights}"
+    examinations = [
+        len({run.dataset.examinations[i] for i in side}) for side in (split.train, split.validation)
+    ]
+    device = jax.devices()[0]
+    return (
+        f"{config.model.name} ({config.model.variant}){of_encoder}\n"
+        f"{len(split.train)} training images of {examinations[0]} examinations, "
+        f"{len(split.validation)} validation images of {examinations[1]}, "
+        f"pos_weight {run.pos_weight:.3f}\n"
+        f"{run.mesh.size} x {device.device_kind} ({device.platform}), "
+        f"batch {config.schedule.batch_size}, {run.steps_per_epoch} steps per epoch"
+    )
+
+
+def check_workdir(config: TrainConfig, workdir: Path, *, resume: bool) -> None:
+    """Refuses to overwrite a run, to resume nothing, and to resume another config's run.
+
+    Raises:
+        InputError: One of these.
+    """
+    path = workdir / "config.json"
+    if not resume:
+        if path.exists() or checkpoints.exists(workdir):
+            raise InputError(
+                f"{workdir} already holds a run: continue it with --resume, or choose another "
+                "--workdir"
+            )
+        return
+    before, now = _flat(to_dict(read_config(workdir))), _flat(to_dict(config))
+    changed = [name for name in now if now[name] != before[name] and name not in RESUMABLE]
+    if changed:
+        name = changed[0]
+        raise InputError(
+            f"{workdir} was trained with {name} = {before[name]!r}, not {now[name]!r}: resume it "
+            "with its own config, or choose another --workdir"
+        )
+
+
+def read_config(workdir: Path) -> TrainConfig:
+    """Returns the config of the run in `workdir`.
+
+    Raises:
+        InputError: There is none.
+    """
+    try:
+        values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{workdir} holds no run to resume ({error})") from None
+    return from_dict(TrainConfig, values)
+
+
+@contextlib.contextmanager
+def training_batches_on_device(
+    run: Run, start_step: int, total_steps: int
+) -> Iterator[DeviceBatches]:
+    """Opens the batches of the steps from `start_step` up to `total_steps`."""
+    config = run.config
+    batches = training_batches(
+        run.dataset,
+        run.split.train,
+        config.data,
+        config.augmentation,
+        channels=config.model.in_channels,
+        seed=config.seed,
+        batch_size=config.schedule.batch_size,
+        start_step=start_step,
+        total_steps=total_steps,
+    )
+    with contextlib.closing(prefetch_to_device(batches, batch_sharding(run.mesh))) as on_device:
+        yield on_device
+
+
+def evaluate(run: Run, variables: Variables) -> dict[str, float]:
+    """Returns mean loss and Dice over the validation split, every image counted once."""
+    config = run.config
+    batches = evaluation_batches(
+        run.dataset,
+        run.split.validation,
+        config.data,
+        channels=config.model.in_channels,
+        batch_size=config.schedule.batch_size,
+    )
+    losses, dices = [], []
+    with contextlib.closing(prefetch_to_device(batches, batch_sharding(run.mesh))) as on_device:
+        for batch in on_device:
+            metrics = run.steps.evaluate(variables, batch)
+            valid = np.asarray(batch.valid)
+            losses += [float(metrics["loss"])] * int(valid.sum())
+            dices += np.asarray(metrics["dice"])[valid].tolist()
+    return {"validation_loss": float(np.mean(losses)), "validation_dice": float(np.mean(dices))}
+
+
+def _train_epochs(
+    run: Run,
+    state: TrainState,
+    done: Progressed,
+    saved: TrainingCheckpoints,
+    logs: Logs,
+    progress: Progress,
+) -> Progressed:
+    schedule = run.config.schedule
+    total_steps = schedule.epochs * run.steps_per_epoch
+    with (
+        contextlib.closing(logs),
+        training_batches_on_device(run, int(state.step), total_steps) as batches,
+    ):
+        while done.epochs < schedule.epochs and not done.stopping.should_stop(schedule):
+            start = time.perf_counter()
+            state, numbers = _train_epoch(run, state, batches, done.epochs + 1, logs, progress)
+            numbers |= evaluate(run, _variables(state))
+            numbers |= {
+                "learning_rate": float(state.learning_rates["main"]),
+                "seconds": time.perf_counter() - start,
+            }
+            state, done = _decide(run, state, done, numbers)
+            saved.save(
+                done.epochs,
+                _variables(state),
+                _training(state),
+                run.description(done.to_json()),
+                numbers["validation_dice"],
+            )
+            logs.epoch(done.history)
+            progress.epoch(numbers, is_best=done.stopping.best_epoch == done.epochs)
+    return done
+
+
+def _train_epoch(
+    run: Run,
+    state: TrainState,
+    batches: DeviceBatches,
+    epoch: int,
+    logs: Logs,
+    progress: Progress,
+) -> tuple[TrainState, dict[str, float]]:
+    """Runs one epoch's steps, reading metrics one step late so that dispatch never waits."""
+    first_step = (epoch - 1) * run.steps_per_epoch
+    batch_size = run.config.schedule.batch_size
+    pending: collections.deque[dict[str, jax.Array]] = collections.deque()
+    losses: list[float] = []
+    dices: list[float] = []
+    waited, start = batches.waited_seconds, time.perf_counter()
+
+    def read(bar: Bar) -> None:
+        metrics = pending.popleft()
+        losses.append(float(metrics["loss"]))
+        dices.append(float(metrics["dice"]))
+        elapsed = time.perf_counter() - start
+        logs.step(first_step + len(losses), losses[-1], dices[-1])
+        bar.show(
+            loss=losses[-1],
+            dice=dices[-1],
+            images_per_second=len(losses) * batch_size / elapsed,
+            waiting=(batches.waited_seconds - waited) / elapsed,
+        )
+
+    with progress.bar(epoch, run.steps_per_epoch) as bar:
+        for _ in range(run.steps_per_epoch):
+            state, metrics = run.steps.train(state, next(batches))
+            pending.append(metrics)
+            bar.advance()
+            if len(pending) > 1:
+                read(bar)
+        while pending:
+            read(bar)
+    elapsed = time.perf_counter() - start
+    return state, {
+        "epoch": epoch,
+        "step": first_step + run.steps_per_epoch,
+        "train_loss": float(np.mean(losses)),
+        "train_dice": float(np.mean(dices)),
+        "images_per_second": run.steps_per_epoch * batch_size / elapsed,
+        "waiting": (batches.waited_seconds - waited) / elapsed,
+    }
+
+
+def _decide(
+    run: Run, state: TrainState, done: Progressed, numbers: dict[str, float]
+) -> tuple[TrainState, Progressed]:
+    """Lets the validation Dice lower the learning rates and count towards stopping."""
+    dice = numbers["validation_dice"]
+    rates = {group: float(rate) for group, rate in state.learning_rates.items()}
+    plateau, rates = done.plateau.update(dice, rates, run.config.schedule)
+    learning_rates = {
+        group: jax.device_put(jnp.asarray(rate, jnp.float32), replicated(run.mesh))
+        for group, rate in rates.items()
+    }
+    stopping = done.stopping.update(dice, int(numbers["epoch"]))
+    return (
+        state._replace(learning_rates=learning_rates),
+        Progressed([*done.history, numbers], plateau, stopping),
+    )
+
+
+def _variables(state: TrainState) -> Variables:
+    return Variables(state.params, state.batch_stats)
+
+
+def _training(state: TrainState) -> dict[str, Any]:
+    """Returns what a checkpoint of the state holds besides the variables."""
+    return {
+        "step": state.step,
+        "opt_state": state.opt_state,
+        "learning_rates": state.learning_rates,
+    }
+
+
+def _split_method(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "seed": config.seed,
+        "validation_fraction": config.data.validation_fraction,
+        "folds": config.data.folds,
+        "fold": config.data.fold,
+    }
+
+
+def _write_start(run: Run, workdir: Path) -> None:
+    write_atomically(workdir / "config.json", json_bytes(to_dict(run.config)))
+    splits.write_manifest(
+        workdir / "split.json", run.split, run.dataset.names, method=_split_method(run.config)
+    )
+    facts = {
+        "pos_weight": run.pos_weight,
+        "steps_per_epoch": run.steps_per_epoch,
+        "devices": [str(device) for device in run.mesh.devices.flat],
+        "device_kind": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+    write_atomically(workdir / "run.json", json_bytes(facts))
+
+
+def _write_sheet(run: Run, workdir: Path) -> None:
+    """Draws validation images, from the worst Dice to the best, with the best checkpoint."""
+    predictor = Predictor.from_checkpoint(workdir)
+    records = [run.dataset.record(i) for i in run.split.validation]
+    masks = predictor.masks([record.image for record in records])
+    truths = [record.mask > 0 for record in records]
+    dices = [
+        float(2 * (mask & truth).sum() / max(mask.sum() + truth.sum(), 1))
+        for mask, truth in zip(masks, truths, strict=True)
+    ]
+    order = np.argsort(dices)
+    chosen = order[np.linspace(0, len(order) - 1, min(SHEET_IMAGES, len(order))).astype(int)]
+    pictures.overlay_sheet(
+        workdir / "validation.png",
+        [records[i].image for i in chosen],
+        [masks[i] for i in chosen],
+        [truths[i] for i in chosen],
+        [records[i].name for i in chosen],
+        [dices[i] for i in chosen],
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

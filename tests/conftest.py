@@ -1,0 +1,69 @@
+"""Eight CPU devices, strict JAX, and the data that tests share."""
+
+import csv
+import os
+from pathlib import Path
+
+# Before anything imports jax.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# name, (height, width), center, semi-axes, angle in degrees; 002 leaves its image at the top.
+_TINY_HEADS = (
+    ("000_HC", (108, 160), (80, 54), (50, 38), 20),
+    ("001_2HC", (108, 160), (70, 50), (40, 30), -10),
+    ("001_HC", (108, 160), (75, 52), (42, 31), 0),
+    ("002_HC", (108, 160), (80, 36), (55, 42), 5),
+    ("003_2HC", (110, 158), (90, 60), (35, 28), 40),
+    ("003_HC", (110, 158), (85, 60), (36, 28), 35),
+)
+_TINY_PIXEL_SIZE_MM = 0.691358041432  # No float32 has this value.
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of real data: images and weights that are no part of the project."""
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("FETAL_FLAX_SHARED", beside))
+    if not (folder / "hc18").is_dir():
+        reason = f"no real data in {folder}: set FETAL_FLAX_SHARED to the folder that holds hc18/"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder
+
+
+@pytest.fixture
+def tiny_hc18(tmp_path: Path) -> Path:
+    """A folder in HC18's layout: six images of four examinations."""
+    folder = tmp_path / "tiny_hc18"
+    images = folder / "training_set"
+    images.mkdir(parents=True)
+    rows = []
+    rng = np.random.default_rng(0)
+    for name, size, center, axes, angle in _TINY_HEADS:
+        image = rng.integers(0, 60, size, np.uint8)
+        cv2.ellipse(image, center, axes, angle, 0, 360, 200, thickness=4)
+        outline = np.zeros(size, np.uint8)
+        cv2.ellipse(outline, center, axes, angle, 0, 360, 255, thickness=1)
+        cv2.imwrite(str(images / f"{name}.png"), image)
+        cv2.imwrite(str(images / f"{name}_Annotation.png"), outline)
+        a, b = axes
+        circumference = np.pi * (3 * (a + b) - np.sqrt((3 * a + b) * (a + 3 * b)))
+        rows.append(
+            (f"{name}.png", _TINY_PIXEL_SIZE_MM, round(circumference * _TINY_PIXEL_SIZE_MM, 2))
+        )
+    with (folder / "training_set_pixel_size_and_HC.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\r\n")
+        writer.writerow(("filename", "pixel size(mm)", "head circumference (mm)"))
+        writer.writerows(rows)
+    return folder

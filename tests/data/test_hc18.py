@@ -1,0 +1,198 @@
+import csv
+import hashlib
+import http.server
+import os
+import shutil
+import threading
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from fetal_flax.data import hc18
+from fetal_flax.errors import InputError
+
+
+def _csv_rows(folder: Path) -> list[list[str]]:
+    with (folder / hc18.CSV).open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def _edit_csv(folder: Path, name: str, column: int, value: str) -> None:
+    path = folder / hc18.CSV
+    rows = _csv_rows(folder)
+    for row in rows:
+        if row[0] == name:
+            row[column] = value
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def test_finds_records_in_order(tiny_hc18: Path):
+    records = hc18.find_records(tiny_hc18)
+    assert [r.examination for r in records] == ["000", "001", "001", "002", "003", "003"]
+    assert [r.image_path for r in records] == sorted((tiny_hc18 / hc18.IMAGES).glob("*HC.png"))
+    for record, row in zip(records, _csv_rows(tiny_hc18)[1:], strict=True):
+        assert f"{record.name}.png" == row[0]
+        assert record.pixel_size_mm == float(row[1])
+        assert record.head_circumference_mm == float(row[2])
+
+
+def test_loads_image_and_filled_mask(tiny_hc18: Path):
+    for record in hc18.find_records(tiny_hc18):
+        image, mask = hc18.load(record)
+        np.testing.assert_array_equal(image, cv2.imread(str(record.image_path), 0))
+        assert mask.shape == image.shape
+        assert 0.1 < (mask == 255).mean() < 0.6
+
+
+def test_csv_has_crlf_and_may_have_a_mark(tiny_hc18: Path):
+    path = tiny_hc18 / hc18.CSV
+    assert b"\r\n" in path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(hc18.find_records(tiny_hc18)) == 6
+
+
+@pytest.mark.parametrize("where", ["root", "beside", "inside"])
+def test_accepted_layouts(tiny_hc18: Path, where: str):
+    images = tiny_hc18 / hc18.IMAGES
+    if where == "inside":
+        (tiny_hc18 / hc18.CSV).rename(images / hc18.CSV)
+    assert len(hc18.find_records(tiny_hc18 if where == "root" else images)) == 6
+
+
+def test_subset(tiny_hc18: Path):
+    for path in (tiny_hc18 / hc18.IMAGES).glob("001_*"):
+        path.unlink()
+    assert [r.examination for r in hc18.find_records(tiny_hc18)] == ["000", "002", "003", "003"]
+
+
+def _break(folder: Path, problem: str) -> None:
+    image = folder / hc18.IMAGES / "001_HC.png"
+    annotation = image.with_name("001_HC_Annotation.png")
+    if problem == "broken image":
+        image.write_bytes(image.read_bytes()[:100])
+    elif problem == "empty annotation":
+        annotation.touch()
+        annotation.write_bytes(b"")
+    elif problem == "no annotation":
+        annotation.unlink()
+    elif problem == "black annotation":
+        cv2.imwrite(str(annotation), np.zeros((108, 160), np.uint8))
+    elif problem == "other size":
+        cv2.imwrite(str(image), np.zeros((108, 161), np.uint8))
+    elif problem == "no row":
+        _edit_csv(folder, "001_HC.png", 0, "901_HC.png")
+    elif problem == "two rows":
+        _edit_csv(folder, "000_HC.png", 0, "001_HC.png")
+    elif problem == "text":
+        _edit_csv(folder, "001_HC.png", 1, "wide")
+    elif problem == "zero":
+        _edit_csv(folder, "001_HC.png", 1, "0")
+    elif problem == "nan":
+        _edit_csv(folder, "001_HC.png", 2, "nan")
+
+
+PROBLEMS = {
+    "broken image": "is not an image",
+    "empty annotation": "001_HC_Annotation.png is empty",
+    "no annotation": "has no 001_HC_Annotation.png",
+    "black annotation": "001_HC_Annotation.png holds no outline",
+    "other size": "(108, 161)",
+    "no row": "has no row",
+    "two rows": "has two rows",
+    "text": "'wide' as its pixel size",
+    "zero": "'0' as its pixel size",
+    "nan": "'nan' as its head circumference",
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_each_problem_is_named(tiny_hc18: Path, problem: str):
+    _break(tiny_hc18, problem)
+    with pytest.raises(InputError) as error:
+        hc18.find_records(tiny_hc18)
+    assert "001_HC" in str(error.value)
+    assert PROBLEMS[problem] in str(error.value)
+
+
+def test_all_problems_at_once_the_first_ten_by_name(tiny_hc18: Path):
+    images = tiny_hc18 / hc18.IMAGES
+    for number in range(100, 109):
+        shutil.copy(images / "000_HC.png", images / f"{number}_HC.png")
+    _break(tiny_hc18, "black annotation")
+    _edit_csv(tiny_hc18, "002_HC.png", 1, "-1")
+    with pytest.raises(InputError, match=r"^11 problem") as error:
+        hc18.find_records(tiny_hc18)
+    assert sum(f"{number}_HC.png has no" in str(error.value) for number in range(100, 109)) == 9
+    assert "and 1 more" in str(error.value)
+
+
+def test_wrong_folders(tiny_hc18: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="no such HC18 folder"):
+        hc18.find_records(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="is no HC18 folder"):
+        hc18.find_records(tmp_path / "empty")
+    shutil.copy(tiny_hc18 / hc18.CSV, tmp_path / "empty")
+    with pytest.raises(InputError, match="holds no HC18 image"):
+        hc18.find_records(tmp_path / "empty")
+    (tmp_path / "empty" / hc18.CSV).write_text("filename,size\n")
+    with pytest.raises(InputError, match=r"has no column 'pixel size\(mm\)'"):
+        hc18.find_records(tmp_path / "empty")
+
+
+def test_fingerprint_follows_the_files(tiny_hc18: Path):
+    image = tiny_hc18 / hc18.IMAGES / "000_HC.png"
+    seen = [hc18.fingerprint(tiny_hc18)]
+    assert hc18.fingerprint(tiny_hc18 / hc18.IMAGES) == seen[0]
+    os.utime(image, ns=(0, 12345))
+    seen.append(hc18.fingerprint(tiny_hc18))
+    image.rename(image.with_name("900_HC.png"))
+    seen.append(hc18.fingerprint(tiny_hc18))
+    _edit_csv(tiny_hc18, "000_HC.png", 1, "0.25")
+    seen.append(hc18.fingerprint(tiny_hc18))
+    assert len(set(seen)) == 4
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_downloads_and_unpacks_once(tiny_hc18: Path, tmp_path: Path, monkeypatch):
+    archive = tiny_hc18 / f"{hc18.IMAGES}.zip"
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for path in sorted((tiny_hc18 / hc18.IMAGES).iterdir()):
+            zipped.write(path, f"{hc18.IMAGES}/{path.name}")
+    files = {
+        path.name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in (archive, tiny_hc18 / hc18.CSV)
+    }
+    monkeypatch.setattr(hc18, "_FILES", files)
+    handler = partial(_Quiet, directory=str(tiny_hc18))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setattr(hc18, "_URL", f"http://127.0.0.1:{server.server_address[1]}/{{}}")
+        folder = hc18.download(tmp_path / "cache")
+        server.shutdown()
+        thread.join()
+    assert len(hc18.find_records(folder)) == 6
+    assert hc18.download(tmp_path / "cache") == folder  # The server is gone.
+
+
+def test_failed_download_says_how_to_do_without(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(hc18, "_URL", "http://127.0.0.1:9/{}")
+    with pytest.raises(InputError, match=r"data prepare --source DIR.*--data\.data-dir DIR"):
+        hc18.download(tmp_path)
+
+
+@pytest.mark.slow
+def test_real_folder(shared_dir: Path):
+    records = hc18.find_records(shared_dir / "hc18")
+    assert len(records) == 805
+    assert len({record.examination for record in records}) == 644

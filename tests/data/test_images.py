@@ -1,0 +1,104 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from fetal_flax.data import images
+from fetal_flax.errors import InputError
+
+
+def _gradient(height: int = 40, width: int = 60) -> np.ndarray:
+    return np.add.outer(np.arange(height), 3 * np.arange(width)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff"])
+def test_reads_lossless_formats_exactly(tmp_path: Path, suffix: str):
+    path = tmp_path / f"Bild ä.{suffix}"
+    path.write_bytes(cv2.imencode(f".{suffix}", _gradient())[1].tobytes())
+    np.testing.assert_array_equal(images.read_gray(path), _gradient())
+
+
+def test_reads_jpeg(tmp_path: Path):
+    path = tmp_path / "image.jpg"
+    smooth = _gradient(30, 60)
+    cv2.imwrite(str(path), smooth)
+    difference = images.read_gray(path).astype(int) - smooth
+    assert np.abs(difference).mean() < 5
+
+
+def test_16_bits_are_scaled_not_cut(tmp_path: Path):
+    deep = np.array([[0, 256, 257, 32896, 65535]], np.uint16)
+    cv2.imwrite(str(tmp_path / "deep.png"), deep)
+    assert images.read_gray(tmp_path / "deep.png").tolist() == [[0, 0, 1, 128, 255]]
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_colour_becomes_luma(tmp_path: Path, alpha: bool):
+    colours = np.zeros((1, 3, 4 if alpha else 3), np.uint8)
+    colours[0, [0, 1, 2], [2, 1, 0]] = 255  # OpenCV's order: red, green, blue.
+    cv2.imwrite(str(tmp_path / "colour.png"), colours)
+    gray = images.read_gray(tmp_path / "colour.png")
+    assert gray.shape == (1, 3)
+    np.testing.assert_allclose(gray, [[76, 150, 29]], atol=1)
+
+
+def _write(path: Path, kind: str) -> None:
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("no image")
+    elif kind == "cut":
+        path.write_bytes(images.encode_png(_gradient())[:20])
+    elif kind == "float":
+        path.write_bytes(cv2.imencode(".tiff", _gradient().astype(np.float32))[1].tobytes())
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "empty", "text", "cut", "float"])
+def test_bad_files_are_named(tmp_path: Path, kind: str):
+    path = tmp_path / "scan.png"
+    _write(path, kind)
+    with pytest.raises(InputError, match=r"scan\.png"):
+        images.read_gray(path)
+
+
+def test_encode_decode_is_exact():
+    noise = np.random.default_rng(0).integers(0, 256, (33, 47), np.uint8)
+    np.testing.assert_array_equal(images.decode_gray(images.encode_png(noise)), noise)
+
+
+def test_sizes_are_height_and_width():
+    assert images.resize_image(_gradient(), (16, 24)).shape == (16, 24)
+    assert images.resize_mask(_gradient(), (16, 24)).shape == (16, 24)
+
+
+def test_resized_mask_stays_on_the_image_grid():
+    mask = np.zeros((540, 800), np.uint8)
+    mask[100:301, 200:503] = 255
+    small = images.resize_mask(mask, (256, 256))
+    assert set(np.unique(small)) == {0, 255}
+    bilinear = images.resize_image(mask, (256, 256)).astype(float)
+    for axis in (0, 1):
+        positions = np.arange(256)
+        centers = [
+            (weights.sum(axis=axis) * positions).sum() / weights.sum()
+            for weights in (small.astype(float), bilinear)
+        ]
+        # INTER_NEAREST is off by 0.3 pixels here.
+        assert abs(centers[0] - centers[1]) < 0.2
+
+
+def test_halving_a_mask_is_symmetric():
+    mask = np.zeros((1, 12), np.uint8)
+    mask[0, 3:9] = 255
+    small = images.resize_mask(mask, (1, 4))
+    np.testing.assert_array_equal(small, small[:, ::-1])
+
+
+def test_network_input():
+    scaled = images.to_network_input(np.array([[0, 51, 255]], np.uint8), channels=3)
+    assert scaled.dtype == np.float32
+    assert scaled.shape == (1, 3, 3)
+    np.testing.assert_allclose(scaled[0, :, 2], [0, 0.2, 1])

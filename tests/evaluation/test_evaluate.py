@@ -1,0 +1,142 @@
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fetal_flax import checkpoints
+from fetal_flax.checkpoints import Description
+from fetal_flax.config import DataConfig, ModelConfig, TrainConfig, to_dict
+from fetal_flax.data import hc18, splits
+from fetal_flax.data.images import read_gray
+from fetal_flax.errors import InputError
+from fetal_flax.evaluation.evaluate import evaluate
+from fetal_flax.inference.predictor import Predictor
+from fetal_flax.models import functional
+
+MODEL = ModelConfig(name="unet", base_width=4)
+NAMES = ("000_HC", "001_2HC", "001_HC", "002_HC", "003_2HC", "003_HC")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch) -> Path:
+    """Keeps prepared data sets out of the user's cache."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def save(directory: Path, **description) -> Path:
+    variables = functional.init(MODEL, 0)
+    checkpoints.save(directory, variables, Description("network", MODEL, (64, 64), **description))
+    return directory
+
+
+def rows(output: Path) -> dict[str, dict[str, str]]:
+    with (output / "per_image.csv").open(newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def test_every_image_is_measured_at_native_size(tiny_hc18, tmp_path):
+    checkpoint, output = save(tmp_path / "checkpoint"), tmp_path / "out"
+    metrics = evaluate(checkpoint, output, data_dir=tiny_hc18)
+    assert json.loads((output / "metrics.json").read_text()) == metrics
+    assert sorted(path.name for path in (output / "masks").iterdir()) == sorted(
+        f"{name}.png" for name in NAMES
+    )
+    written = rows(output)
+    assert tuple(written) == NAMES
+    predictor = Predictor.from_checkpoint(checkpoint)
+    dices = []
+    for record in hc18.find_records(tiny_hc18):
+        image, annotated = hc18.load(record)
+        mask = read_gray(output / "masks" / f"{record.name}.png")
+        (expected,) = predictor.masks([image])
+        np.testing.assert_array_equal(mask > 0, expected)
+        both = (mask & annotated) > 0
+        dices.append(2 * both.sum() / ((mask > 0).sum() + (annotated > 0).sum()))
+        assert float(written[record.name]["dice"]) == pytest.approx(dices[-1], abs=1e-12)
+        agree = (mask == annotated).mean()
+        assert float(written[record.name]["pixel_accuracy"]) == pytest.approx(agree, abs=1e-12)
+    assert len(set(dices)) > 1
+    assert metrics["n"] == 6
+    assert metrics["dice"]["mean"] == pytest.approx(np.mean(dices))
+
+
+def test_metrics_say_what_was_evaluated(tiny_hc18, tmp_path):
+    checkpoint = save(tmp_path / "checkpoint")
+    run = evaluate(checkpoint, tmp_path / "out", data_dir=tiny_hc18)["run"]
+    assert run == {
+        "checkpoint": str(checkpoint),
+        "epoch": None,
+        "split": "all",
+        "dataset": "hc18",
+        "data_dir": str(tiny_hc18),
+        "image_size": [64, 64],
+        "model": to_dict(MODEL),
+    }
+
+
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [("train", ("000_HC", "002_HC")), ("validation", ("001_2HC", "001_HC"))],
+)
+def test_a_side_of_the_split_is_the_runs_own(tiny_hc18, tmp_path, split, names):
+    checkpoint = save(tmp_path / "checkpoint")
+    sides = splits.Split(train=(0, 3), validation=(1, 2))
+    splits.write_manifest(checkpoint / "split.json", sides, NAMES, method={})
+    metrics = evaluate(checkpoint, tmp_path / "out", data_dir=tiny_hc18, split=split)
+    assert tuple(rows(tmp_path / "out")) == names
+    assert (metrics["n"], metrics["run"]["split"]) == (2, split)
+
+
+def test_without_a_data_dir_the_runs_own_data_set_is_evaluated(tmp_path):
+    data = DataConfig(
+        dataset="fetal_phantom",
+        phantom_count=2,
+        phantom_size=(64, 96),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    config = to_dict(TrainConfig(seed=3, model=MODEL, data=data)) | {"pos_weight": 2.5}
+    history = [{"epoch": 1}, {"epoch": 2}]
+    checkpoint = save(tmp_path / "run", config=config, progress={"history": history})
+    run = evaluate(checkpoint, tmp_path / "out")["run"]
+    assert (run["dataset"], run["data_dir"], run["epoch"]) == ("fetal_phantom", None, 2)
+    assert tuple(rows(tmp_path / "out")) == ("phantom_000000", "phantom_000001")
+    assert read_gray(tmp_path / "out" / "masks" / "phantom_000000.png").shape == (64, 96)
+    # Another seed would draw phantoms that the run never saw.
+    (folder,) = (tmp_path / "cache" / "datasets").iterdir()
+    assert folder.name == "phantom-64x96-2-3"
+
+
+def test_a_data_dir_goes_before_the_runs_own_data_set(tiny_hc18, tmp_path):
+    data = DataConfig(dataset="fetal_phantom", cache_dir=str(tmp_path / "cache"))
+    checkpoint = save(tmp_path / "run", config=to_dict(TrainConfig(model=MODEL, data=data)))
+    evaluate(checkpoint, tmp_path / "out", data_dir=tiny_hc18)
+    assert tuple(rows(tmp_path / "out")) == NAMES
+
+
+def test_a_converted_network_needs_a_data_dir(tmp_path):
+    with pytest.raises(InputError, match="--data-dir"):
+        evaluate(save(tmp_path / "checkpoint"), tmp_path / "out")
+
+
+def test_a_side_of_a_split_needs_a_split(tiny_hc18, tmp_path):
+    checkpoint = save(tmp_path / "checkpoint")
+    with pytest.raises(InputError, match=r"has no split\.json, so it has no validation images"):
+        evaluate(checkpoint, tmp_path / "out", data_dir=tiny_hc18, split="validation")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_the_split_that_the_data_set_lacks_are_an_input_error(tiny_hc18, tmp_path):
+    checkpoint = save(tmp_path / "checkpoint")
+    sides = splits.Split(train=(0,), validation=(1,))
+    splits.write_manifest(checkpoint / "split.json", sides, ("000_HC", "805_HC"), method={})
+    with pytest.raises(InputError, match="805_HC"):
+        evaluate(checkpoint, tmp_path / "out", data_dir=tiny_hc18, split="train")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_a_checkpoint_is_an_input_error(tiny_hc18, tmp_path):
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        evaluate(tmp_path, tmp_path / "out", data_dir=tiny_hc18)

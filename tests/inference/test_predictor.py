@@ -1,0 +1,156 @@
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fetal_flax import checkpoints
+from fetal_flax.checkpoints import Description
+from fetal_flax.config import ModelConfig
+from fetal_flax.data.images import resize_image
+from fetal_flax.errors import InputError
+from fetal_flax.inference.predictor import Predictor, native_mask
+from fetal_flax.models import functional
+from fetal_flax.models.functional import Variables
+
+MODEL = ModelConfig(name="unet", base_width=4)
+NO_VARIABLES = Variables({}, {})
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[int, ...]]:
+    """Replaces the network by `pixel − 0.5`; collects the shapes it is traced with."""
+    shapes = []
+
+    def apply(config, variables, images):
+        del config, variables
+        shapes.append(images.shape)
+        return images[..., :1] - 0.5, {}
+
+    monkeypatch.setattr(functional, "apply", apply)
+    return shapes
+
+
+def random_images(count: int, shape: tuple[int, int] = (40, 56)) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, shape, np.uint8) for _ in range(count)]
+
+
+def test_logits_on_a_grid_give_the_mask_of_the_native_grid():
+    """A plane is what bilinear interpolation reproduces, so the mask is exact off the border."""
+    height, width = 108, 160
+    plane = lambda x, y: 0.7 * (x - 61.3) - 1.1 * (y - 40.8)  # noqa: E731
+    x = (np.arange(64) + 0.5) * width / 64 - 0.5
+    y = (np.arange(32) + 0.5) * height / 32 - 0.5
+    logits = plane(x[None, :], y[:, None]).astype(np.float32)
+    expected = plane(np.arange(width)[None, :], np.arange(height)[:, None]) > 0
+    mask = native_mask(logits, (height, width))
+    assert mask.shape == (height, width) and mask.dtype == np.bool_
+    inside = np.s_[2:-2, 2:-2]
+    np.testing.assert_array_equal(mask[inside], expected[inside])
+
+
+def test_logits_are_resized_before_the_threshold():
+    # Between −1 and 3 the zero lies at a quarter of the way, not halfway.
+    mask = native_mask(np.array([[-1, 3]], np.float32), (1, 80))
+    assert mask[0].argmax() == pytest.approx(20 + 40 / 4, abs=1)
+
+
+def test_probability_one_half_is_background():
+    assert not native_mask(np.zeros((4, 4), np.float32), (8, 8)).any()
+
+
+def test_masks_lie_where_the_network_saw_them_in_images_of_any_size(calls):
+    sizes = [(108, 160), (160, 108), (64, 32)]
+    images = []
+    for height, width in sizes:
+        ramp = np.linspace(0, 200, height)[:, None] + np.linspace(0, 100, width)[None, :]
+        images.append(np.clip(ramp, 0, 255).astype(np.uint8))
+    masks = Predictor(MODEL, NO_VARIABLES, (32, 64)).masks(images)
+    for image, mask in zip(images, masks, strict=True):
+        brighter, darker = image > 127 + 4, image < 127 - 4
+        assert mask.shape == image.shape
+        assert mask[brighter].all() and not mask[darker].any()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_network_sees_resized_images_in_0_to_1(calls, channels):
+    model = ModelConfig(name="unet", base_width=4, in_channels=channels)
+    images = random_images(2)
+    logits = list(Predictor(model, NO_VARIABLES, (32, 64)).logits(images))
+    assert calls == [(2, 32, 64, channels)]
+    for image, own in zip(images, logits, strict=True):
+        assert own.dtype == np.float32
+        np.testing.assert_allclose(own + 0.5, resize_image(image, (32, 64)) / 255, atol=1e-6)
+
+
+def test_a_last_small_batch_is_padded_and_the_network_compiled_once(calls):
+    images = random_images(7)
+    predictor = Predictor(MODEL, NO_VARIABLES, (32, 32), batch_size=3)
+    logits = list(predictor.logits(images))
+    assert len(logits) == 7 and calls == [(3, 32, 32, 1)]
+    np.testing.assert_allclose(logits[6] + 0.5, resize_image(images[6], (32, 32)) / 255, atol=1e-6)
+
+
+def test_few_images_are_not_padded_to_a_whole_batch(calls):
+    assert len(list(Predictor(MODEL, NO_VARIABLES, (32, 32)).logits(random_images(2)))) == 2
+    assert calls == [(2, 32, 32, 1)]
+
+
+def test_batching_does_not_change_the_logits():
+    variables = functional.init(MODEL, 0)
+    images = random_images(4)
+    predictor = Predictor(MODEL, variables, (32, 32), batch_size=3)
+    together = list(predictor.logits(images))
+    for image, logits in zip(images, together, strict=True):
+        (alone,) = predictor.logits([image])
+        np.testing.assert_allclose(alone, logits, atol=1e-5)
+    assert np.ptp(np.stack(together), axis=0).max() > 1e-3
+
+
+def test_images_are_taken_a_batch_at_a_time(calls):
+    taken = 0
+
+    def endless() -> Iterator[tuple[int, np.ndarray]]:
+        nonlocal taken
+        (image,) = random_images(1)
+        for number in itertools.count():
+            taken += 1
+            yield number, image
+
+    predictor = Predictor(MODEL, NO_VARIABLES, (32, 32), batch_size=4)
+    pairs = predictor.segment(endless(), lambda item: item[1])
+    for number in range(10):
+        (own, _), _ = next(pairs)
+        assert own == number
+        assert taken == 4 * (number // 4 + 1)
+
+
+def test_items_keep_their_own_logits(calls):
+    items = [(str(value), np.full((20, 30), value, np.uint8)) for value in (0, 255, 51)]
+    predictor = Predictor(MODEL, NO_VARIABLES, (32, 32), batch_size=2)
+    means = {
+        name: float(logits.mean()) + 0.5
+        for (name, _), logits in predictor.segment(items, lambda item: item[1])
+    }
+    assert means == pytest.approx({"0": 0, "255": 1, "51": 0.2})
+
+
+def test_no_images_give_no_masks(calls):
+    assert Predictor(MODEL, NO_VARIABLES, (32, 32)).masks([]) == []
+
+
+def test_a_checkpoint_predicts_as_its_variables_do(tmp_path: Path):
+    variables = functional.init(MODEL, 5)
+    checkpoints.save(tmp_path, variables, Description("network", MODEL, (32, 64)))
+    (image,) = random_images(1)
+    (loaded,) = Predictor.from_checkpoint(tmp_path).logits([image])
+    (direct,) = Predictor(MODEL, variables, (32, 64)).logits([image])
+    assert loaded.shape == (32, 64)
+    np.testing.assert_array_equal(loaded, direct)
+
+
+def test_a_folder_without_a_checkpoint_is_an_input_error(tmp_path: Path):
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        Predictor.from_checkpoint(tmp_path)

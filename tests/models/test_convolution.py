@@ -1,0 +1,215 @@
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fetal_flax.models import convolution as forms
+from fetal_flax.models.convolution import (
+    convolution,
+    convolution_3x3,
+    depthwise_by_shifts,
+    live_taps,
+    plain_convolution,
+    weight_gradient_3x3,
+)
+
+QUICK_COMPILATION = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def _random(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def _outputs(form: Callable, x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+    """The convolution and both gradients of its scalar product with something random."""
+    y, pullback = jax.vjp(form, x, kernel)
+    return [y, *pullback(_random(*y.shape, seed=7))]
+
+
+def _assert_same(form: Callable, plain: Callable, x: jax.Array, kernel: jax.Array) -> None:
+    def both(x: jax.Array, kernel: jax.Array) -> list[list[jax.Array]]:
+        return [_outputs(form, x, kernel), _outputs(plain, x, kernel)]
+
+    results, references = jax.jit(both, compiler_options=QUICK_COMPILATION)(x, kernel)
+    for result, reference in zip(results, references, strict=True):
+        assert result.shape == reference.shape
+        assert np.linalg.norm(result - reference) <= 1e-12 * np.linalg.norm(reference)
+
+
+def _count_bands(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows per band that the code chooses from here on."""
+    rows, choose = [], forms._largest_divisor
+
+    def record(number: int, *, at_most: int) -> int:
+        rows.append(choose(number, at_most=at_most))
+        return rows[-1]
+
+    monkeypatch.setattr(forms, "_largest_divisor", record)
+    return rows
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (5, 9), (1, 2)])
+def test_depthwise_by_shifts_equals_the_grouped_convolution(size, stride):
+    x, kernel = _random(2, *size, 5), _random(3, 3, 1, 5, seed=1)
+    _assert_same(
+        lambda x, k: depthwise_by_shifts(x, k, stride),
+        lambda x, k: plain_convolution(x, k, stride=stride, depthwise=True),
+        x,
+        kernel,
+    )
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 4), (3, 5), (4, 4), (6, 2)])
+@pytest.mark.parametrize("size", [(8, 8), (9, 4), (1, 7)])
+def test_convolution_3x3_and_its_own_gradients_equal_the_plain_form(size, inputs, outputs):
+    x, kernel = _random(2, *size, inputs), _random(3, 3, inputs, outputs, seed=1)
+    _assert_same(convolution_3x3, plain_convolution, x, kernel)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 4), (5, 3)])
+@pytest.mark.parametrize(("height", "band", "rows"), [(12, 5, 4), (12, 6, 6), (7, 3, 1), (9, 2, 1)])
+def test_weight_gradient_is_the_same_in_several_bands(
+    monkeypatch, height, band, rows, inputs, outputs
+):
+    width, itemsize = 6, 8
+    row_bytes = 2 * width * 9 * min(inputs, outputs) * itemsize
+    monkeypatch.setattr(forms, "BAND_BYTES", band * row_bytes)
+    chosen = _count_bands(monkeypatch)
+    x, kernel = _random(2, height, width, inputs), _random(3, 3, inputs, outputs, seed=1)
+    _assert_same(convolution_3x3, plain_convolution, x, kernel)
+    assert chosen == [rows]
+
+
+def test_a_band_is_at_least_one_row(monkeypatch):
+    monkeypatch.setattr(forms, "BAND_BYTES", 1)
+    chosen = _count_bands(monkeypatch)
+    _assert_same(convolution_3x3, plain_convolution, _random(1, 4, 5, 2), _random(3, 3, 2, 3))
+    assert chosen == [1]
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "copied"), [(2, 5, 2), (5, 2, 2), (3, 3, 3)])
+def test_weight_gradient_copies_the_side_with_fewer_channels(monkeypatch, inputs, outputs, copied):
+    sides = []
+    summed = forms._sum_over_bands
+
+    def record(copied, other):
+        sides.append(copied.shape[-1])
+        return summed(copied, other)
+
+    monkeypatch.setattr(forms, "_sum_over_bands", record)
+    weight_gradient_3x3(_random(1, 4, 4, inputs), _random(1, 4, 4, outputs))
+    assert sides == [copied]
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 6, 12, 18])
+@pytest.mark.parametrize("size", [(8, 8), (5, 9), (20, 16), (6, 19)])
+def test_convolution_by_live_taps_equals_all_taps(size, dilation):
+    _assert_same(
+        lambda x, k: convolution(x, k, dilation=dilation),
+        lambda x, k: plain_convolution(x, k, dilation=dilation),
+        _random(2, *size, 3),
+        _random(3, 3, 3, 4, seed=1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("dilation", "size", "taps"),
+    [
+        (6, (8, 8), (3, 3)),
+        (12, (8, 8), (1, 1)),
+        (18, (8, 8), (1, 1)),
+        (6, (5, 9), (1, 3)),
+        (12, (13, 12), (3, 1)),
+        (18, (20, 16), (3, 1)),
+        (1, (1, 1), (1, 1)),
+        (2, (3, 2), (3, 1)),
+    ],
+)
+def test_live_taps_are_those_that_reach_the_map(dilation, size, taps):
+    kernel = _random(3, 3, 2, 2)
+    live = live_taps(kernel, dilation, *size)
+    assert live.shape == (*taps, 2, 2)
+    assert (live[taps[0] // 2, taps[1] // 2] == kernel[1, 1]).all()
+
+
+@pytest.mark.parametrize("dilation", [12, 18])
+def test_gradient_of_a_dead_tap_is_exactly_zero(dilation):
+    x, kernel = _random(2, 8, 8, 3), _random(3, 3, 3, 4, seed=1)
+    _, _, gradient = _outputs(lambda x, k: convolution(x, k, dilation=dilation), x, kernel)
+    gradient = np.array(gradient)
+    assert np.abs(gradient[1, 1]).min() > 0
+    gradient[1, 1] = 0
+    assert not gradient.any()
+
+
+def test_dilation_of_12_on_a_map_of_8_is_a_convolution_1x1():
+    x, kernel = _random(2, 8, 8, 3), _random(3, 3, 3, 4, seed=1)
+    _assert_same(
+        lambda x, k: convolution(x, k, dilation=12),
+        lambda x, k: plain_convolution(x, k[1:2, 1:2]),
+        x,
+        kernel,
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "depthwise"),
+    [(1, 1, False), (1, 2, False), (3, 1, False), (3, 2, False), (3, 1, True), (3, 2, True)],
+)
+@pytest.mark.parametrize("sides", [(8, 6), (7, 5)])
+def test_convolution_equals_the_plain_form_whatever_it_picks(sides, size, stride, depthwise):
+    x = _random(2, *sides, 4)
+    kernel = _random(size, size, 1 if depthwise else 4, 4 if depthwise else 3, seed=1)
+    options = {"stride": stride, "depthwise": depthwise}
+    _assert_same(
+        lambda x, k: convolution(x, k, **options),
+        lambda x, k: plain_convolution(x, k, **options),
+        x,
+        kernel,
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "size", "options"),
+    [
+        ("depthwise_by_shifts", 3, {"depthwise": True, "stride": 2}),
+        ("convolution_3x3", 3, {}),
+        ("live_taps", 3, {"dilation": 2}),
+        ("plain_convolution", 3, {"stride": 2}),
+    ],
+)
+def test_convolution_uses_the_fast_form_on_a_cpu(monkeypatch, form, size, options):
+    if jax.default_backend() != "cpu":
+        pytest.skip("the choice is for CPUs")
+    used, original = [], getattr(forms, form)
+
+    def record(*arguments, **keywords):
+        used.append(form)
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(forms, form, record)
+    inputs = 1 if options.get("depthwise") else 4
+    convolution(_random(1, 6, 6, 4), _random(size, size, inputs, 4), **options)
+    assert used == [form]
+
+
+def test_plain_convolution_pads_evenly_at_stride_2():
+    image = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    top_left = jnp.zeros((3, 3, 1, 1)).at[0, 0].set(1)
+    # Padded with a zero before the first row and column, not behind the last.
+    expected = [[0, 0], [0, 5]]
+    np.testing.assert_array_equal(
+        plain_convolution(image, top_left, stride=2)[0, :, :, 0], expected
+    )

@@ -1,0 +1,64 @@
+"""The command line: what it prints, and its exit codes."""
+
+import pytest
+
+from fetal_flax import cli
+
+
+def test_help_lists_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in cli.COMMANDS)
+
+
+def test_an_unknown_command_is_bad_input(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "fetal-flax COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["train", "--schedule.epochs", "0"], "schedule.epochs"),
+        (["train", "--data.image-size", "100", "100"], "data.image_size"),
+        (["train", "--config", "missing.py"], "missing.py"),
+        (["train", "--encoder.weights", "missing.pth"], "missing.pth"),
+        (["convert", "--source", "missing.pth", "--output", "out"], "missing.pth"),
+        (["evaluate", "--checkpoint", "missing", "--output", "out"], "missing"),
+        (["predict", "--checkpoint", "missing", "--input", "x.png", "--output", "out"], "missing"),
+        (["data", "prepare", "--source", "missing"], "missing"),
+        (["summary", "--model", "vnet"], "vnet"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(flags, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(flags) == 2
+    printed = capsys.readouterr().err
+    assert named in printed
+    assert "Traceback" not in printed
+    assert len(printed.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_override_the_config(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from fetal_flax.config import TrainConfig\ndef config(): return TrainConfig(seed=7)\n"
+    )
+    flags = ["--config", str(path), "--model.name", "unet", "--loss.pos-weight", "200"]
+    command = cli._parse("train", flags)
+    assert command.settings.seed == 7
+    assert command.settings.model.name == "unet"
+    assert command.settings.loss.pos_weight == 200
+
+
+@pytest.mark.parametrize("name", ["phantom", "hc18", "hc18_described", "baseline_unet"])
+def test_the_configs_load_and_bear_their_files_name(name):
+    assert cli.load_config(cli.CONFIGS / f"{name}.py").name == name
+
+
+def test_summary_prints_exact_counts(capsys):
+    assert cli.main(["summary", "--model", "mobilenet_aspp_se_unet"]) == 0
+    printed = capsys.readouterr().out
+    for count in ("10,012,177", "7,788,881", "25,253,893", "23,030,597", "2,223,296"):
+        assert count in printed

@@ -1,0 +1,119 @@
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+from fetal_flax.config import ScheduleConfig
+from fetal_flax.training.schedule import EarlyStopping, Plateau
+
+# Ties, negatives, and gains around the relative threshold of 1e-4.
+METRICS = st.lists(
+    st.one_of(
+        st.sampled_from([0.0, 0.5, 0.5 * (1 + 1e-4), 0.50006, 0.50004, -0.5, 0.9, 0.90001]),
+        st.floats(-1, 1),
+    ),
+    min_size=1,
+    max_size=60,
+)
+
+
+def _torch_scheduler(rates: dict[str, float], config: ScheduleConfig):
+    optimizer = torch.optim.SGD(
+        [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates.values()]
+    )
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer,
+        mode="max",
+        factor=config.factor,
+        patience=config.patience,
+        threshold=config.threshold,
+        threshold_mode="rel",
+        min_lr=config.min_learning_rate,
+    )
+    return optimizer, scheduler
+
+
+@hypothesis.given(
+    metrics=METRICS,
+    patience=st.integers(0, 4),
+    factor=st.sampled_from([0.1, 0.5, 0.9]),
+    min_learning_rate=st.sampled_from([0.0, 1e-6, 1e-4]),
+    threshold=st.sampled_from([0.0, 1e-4, 0.1]),
+)
+@hypothesis.settings(deadline=None, derandomize=True, max_examples=200)
+def test_plateau_is_torchs(metrics, patience, factor, min_learning_rate, threshold):
+    config = ScheduleConfig(
+        patience=patience,
+        factor=factor,
+        min_learning_rate=min_learning_rate,
+        threshold=threshold,
+    )
+    rates, plateau = {"main": 3e-4, "encoder": 3e-5}, Plateau()
+    optimizer, scheduler = _torch_scheduler(rates, config)
+    for metric in metrics:
+        plateau, rates = plateau.update(metric, rates, config)
+        scheduler.step(metric)
+        assert list(rates.values()) == [group["lr"] for group in optimizer.param_groups]
+        assert (plateau.best, plateau.bad_epochs) == (scheduler.best, scheduler.num_bad_epochs)
+
+
+def test_plateau_reduces_when_bad_epochs_exceed_patience():
+    config, plateau = ScheduleConfig(patience=2, factor=0.5), Plateau()
+    seen = []
+    for metric in (0.5, 0.5, 0.5, 0.5, 0.5):
+        plateau, rates = plateau.update(metric, {"main": 1.0}, config)
+        seen.append(rates["main"])
+    assert seen == [1, 1, 1, 0.5, 1]
+
+
+def test_plateau_stops_at_the_lowest_rate():
+    config, plateau, rates = ScheduleConfig(patience=0), Plateau(best=1.0), {"main": 3e-4}
+    for _ in range(20):
+        plateau, rates = plateau.update(0.5, rates, config)
+    assert rates == {"main": 1e-6}
+
+
+def test_plateau_leaves_its_arguments_alone():
+    config, plateau, rates = ScheduleConfig(patience=0), Plateau(best=1.0), {"main": 3e-4}
+    plateau.update(0.5, rates, config)
+    assert (plateau, rates) == (Plateau(best=1.0), {"main": 3e-4})
+
+
+def _stopped_at(metrics: list[float], patience: int) -> int | None:
+    config, stopping = ScheduleConfig(early_stopping_patience=patience), EarlyStopping()
+    for epoch, metric in enumerate(metrics, 1):
+        stopping = stopping.update(metric, epoch)
+        if stopping.should_stop(config):
+            return epoch
+    return None
+
+
+def test_early_stopping_stops_after_as_many_bad_epochs_as_its_patience():
+    assert _stopped_at([0.1, 0.2, 0.2, 0.1, 0.15], patience=3) == 5
+
+
+def test_early_stopping_counts_from_the_last_best():
+    assert _stopped_at([0.1, 0.2, 0.1, 0.1, 0.3, 0.1, 0.1], patience=3) is None
+
+
+def test_early_stopping_takes_any_gain_for_a_new_best_and_a_tie_for_none():
+    assert _stopped_at([0.5, 0.5 + 1e-9, 0.5 + 2e-9], patience=1) is None
+    assert _stopped_at([0.5, 0.5], patience=1) == 2
+
+
+def test_early_stopping_never_stops_on_a_rise():
+    assert _stopped_at([0.1 * i for i in range(50)], patience=1) is None
+
+
+def test_early_stopping_remembers_the_best_epoch():
+    stopping = EarlyStopping()
+    for epoch, metric in enumerate([-0.3, 0.8, 0.7, 0.8], 1):
+        stopping = stopping.update(metric, epoch)
+    assert stopping == EarlyStopping(best=0.8, best_epoch=2, bad_epochs=2)
+
+
+@pytest.mark.parametrize("state", [Plateau(), EarlyStopping()])
+def test_states_begin_below_every_metric(state):
+    assert state.best == -math.inf
