@@ -310,7 +310,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return from_dict(typing.cast(type, hint), value, path=path)
-    if origin is Literal and value in arguments:
+    # True == 1 == 1.0, so equality alone is not enough.
+    if origin is Literal and any(type(value) is type(a) and value == a for a in arguments):
         return value
     if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
         return tuple(_convert(h, v, path) for h, v in zip(arguments, value, strict=True))

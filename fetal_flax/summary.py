@@ -6,18 +6,18 @@ import rich.box
 import rich.console
 import rich.table
 
-from fetal_flax.config import EncoderConfig, ModelConfig
+from fetal_flax.config import ModelConfig
 from fetal_flax.errors import InputError
 from fetal_flax.models.summary import DESCRIPTION, Part, Summary, summarize
 from fetal_flax.models.unet import NETWORKS
 
 CONFIGS = (
-    ModelConfig(variant="described"),
-    ModelConfig(variant="published"),
-    ModelConfig(name="mobilenet_unet"),
-    ModelConfig(name="unet"),
+    (ModelConfig(variant="described"), False),
+    (ModelConfig(variant="published"), False),
+    (ModelConfig(name="mobilenet_unet"), True),
+    (ModelConfig(name="unet"), False),
 )
-"""Every network and variant."""
+"""Every network and variant, and whether its encoder learns by default."""
 _PARAMETER_BYTES = 4
 _COLUMNS = ("part", "parameters", "trainable", "frozen", "MB", "MACs", "GFLOPs")
 _NOTE = (
@@ -36,10 +36,10 @@ def summaries(name: str | None = None) -> list[Summary]:
     Raises:
         InputError: There is no such network.
     """
-    configs = [config for config in CONFIGS if name in (None, config.name)]
-    if not configs:
+    chosen = [(config, trains) for config, trains in CONFIGS if name in (None, config.name)]
+    if not chosen:
         raise InputError(f"there is no network {name}: choose one of {', '.join(NETWORKS)}")
-    return [summarize(config, EncoderConfig().trainable) for config in configs]
+    return [summarize(config, encoder_trainable) for config, encoder_trainable in chosen]
 
 
 def render(summaries: Sequence[Summary]) -> rich.console.Group:

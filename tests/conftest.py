@@ -1,7 +1,10 @@
 """Eight CPU devices, strict JAX, and the data that tests share."""
 
+import atexit
 import csv
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Before anything imports jax.
@@ -14,6 +17,11 @@ import jax
 import numpy as np
 import pytest
 
+# Many tests compile the same step; children that run train.py share it too.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fetal_flax-test-jax-")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

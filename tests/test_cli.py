@@ -25,7 +25,7 @@ def test_an_unknown_command_is_bad_input(capsys):
         (["train", "--encoder.weights", "missing.pth"], "missing.pth"),
         (["convert", "--source", "missing.pth", "--output", "out"], "missing.pth"),
         (["evaluate", "--checkpoint", "missing", "--output", "out"], "missing"),
-        (["predict", "--checkpoint", "missing", "--input", "x.png", "--output", "out"], "missing"),
+        (["predict", "--checkpoint", "missing", "--input", "x.png", "--output", "out"], "x.png"),
         (["data", "prepare", "--source", "missing"], "missing"),
         (["summary", "--model", "vnet"], "vnet"),
     ],

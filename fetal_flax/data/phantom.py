@@ -302,7 +302,7 @@ def make_phantom(
     screen = _calm_speckle(anatomy_rng, screen, axial_sigma, lateral_sigma)
     image = _scan_convert(screen, raster, height, width, scale)
     ellipse = _to_image(head.ellipse, height, width, scale)
-    _burn_in(anatomy_rng, image, ellipse)
+    _burn_in(anatomy_rng, image)
     return Phantom(
         image=image,
         mask=ellipse.filled(height, width),
@@ -887,9 +887,7 @@ def _scan_convert(
 # --- Screen ---------------------------------------------------------------------------------
 
 
-def _burn_in(
-    rng: np.random.Generator, image: UInt8[np.ndarray, "height width"], outline: Ellipse
-) -> None:
+def _burn_in(rng: np.random.Generator, image: UInt8[np.ndarray, "height width"]) -> None:
     """Draws the marks of the screen over the image, in place.
 
     HC18 has a gray-scale bar on the left and black boxes where text was removed.
@@ -903,8 +901,6 @@ def _burn_in(
     _glyphs(rng, image, 0.035, 0.08, 0.03, int(rng.integers(20, 50)))
     if rng.random() < 0.15:
         _depth_ticks(image)
-    if rng.random() < 0.05:
-        _calipers(image, outline)
     if rng.random() < 0.1:
         _glyphs(rng, image, 0.96, 0.05, 0.2, int(rng.integers(80, 200)))
 
@@ -936,14 +932,6 @@ def _depth_ticks(image: UInt8[np.ndarray, "height width"]) -> None:
     height, width = image.shape
     rows = np.linspace(0.05, 0.95, 10) * height
     image[rows.astype(int), width - max(2, round(0.012 * width)) :] = 140
-
-
-def _calipers(image: UInt8[np.ndarray, "height width"], outline: Ellipse) -> None:
-    """Draws the crosses of a distance measurement across the head."""
-    size = max(3, round(0.02 * image.shape[0]))
-    for x, y in outline.points(np.zeros(2), np.array([-1.0, 1.0])):
-        center = (round(float(x)), round(float(y)))
-        cv2.drawMarker(image, center, 200, cv2.MARKER_CROSS, size)
 
 
 def _glyphs(

@@ -1,5 +1,6 @@
 """`fetal-flax evaluate`: a network's masks against annotated ones, at native size."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -81,15 +82,16 @@ def _data_settings(
     checkpoint: Path, description: Description, data_dir: Path | None
 ) -> tuple[DataConfig, int]:
     """Returns the data settings and the seed that phantoms are drawn with."""
-    if data_dir is not None:
-        return DataConfig(dataset="hc18", data_dir=str(data_dir)), 0
-    if description.config is None:
+    config = description.config
+    if config is None and data_dir is None:
         raise InputError(
             f"{checkpoint} was not trained here and names no data set: give an HC18 folder as "
             "--data-dir"
         )
-    data = from_dict(DataConfig, description.config["data"], path="data")
-    return data, description.config["seed"]
+    data = DataConfig() if config is None else from_dict(DataConfig, config["data"], path="data")
+    if data_dir is not None:
+        data = dataclasses.replace(data, dataset="hc18", data_dir=str(data_dir))
+    return data, 0 if config is None else config["seed"]
 
 
 def _indices(checkpoint: Path, dataset: Dataset, split: SplitName) -> Sequence[int]:

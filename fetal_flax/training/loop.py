@@ -39,6 +39,7 @@ from fetal_flax.data.pipeline import (
 )
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation import pictures
+from fetal_flax.evaluation.metrics import segmentation_metrics
 from fetal_flax.files import json_bytes, write_atomically
 from fetal_flax.inference.predictor import Predictor
 from fetal_flax.models import functional
@@ -423,8 +424,7 @@ def _write_sheet(run: Run, workdir: Path) -> None:
     masks = predictor.masks([record.image for record in records])
     truths = [record.mask > 0 for record in records]
     dices = [
-        float(2 * (mask & truth).sum() / max(mask.sum() + truth.sum(), 1))
-        for mask, truth in zip(masks, truths, strict=True)
+        segmentation_metrics(mask, truth)["dice"] for mask, truth in zip(masks, truths, strict=True)
     ]
     order = np.argsort(dices)
     chosen = order[np.linspace(0, len(order) - 1, min(SHEET_IMAGES, len(order))).astype(int)]

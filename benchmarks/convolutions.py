@@ -1,0 +1,69 @@
+"""What each form of a convolution takes beside the plain one, on this machine.
+
+    python benchmarks/convolutions.py
+
+Forward and backward together, float32, batch 16, the shapes of `mobilenet_aspp_se_unet` at
+256×256; runs alternate and medians are compared. Below 1 the chosen form is faster.
+"""
+
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from fetal_flax.models.convolution import convolution, plain_convolution
+
+BATCH, REPEATS = 16, 7
+# Name, side, inputs, outputs, kernel size, settings.
+CASES = (
+    ("init_conv 3×3", 256, 1, 32, 3, {}),
+    ("stage1 first 3×3", 256, 64, 32, 3, {}),
+    ("stage2 first 3×3", 128, 48, 32, 3, {}),
+    ("stage3 first 3×3", 64, 88, 64, 3, {}),
+    ("stage1 shortcut 1×1", 256, 64, 32, 1, {}),
+    ("encoder depthwise, stride 1", 128, 32, 32, 3, {"depthwise": True}),
+    ("encoder depthwise, stride 2", 128, 96, 96, 3, {"depthwise": True, "stride": 2}),
+    ("ASPP, dilation 6", 8, 1280, 128, 3, {"dilation": 6}),
+    ("ASPP, dilation 18", 8, 1280, 128, 3, {"dilation": 18}),
+)
+
+
+def main() -> None:
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {jax.device_count()} device(s)")
+    for name, side, inputs, outputs, size, settings in CASES:
+        depth = 1 if settings.get("depthwise") else inputs
+        x = jnp.ones((BATCH, side, side, inputs))
+        kernel = jnp.ones((size, size, depth, outputs))
+        forms = [gradients(form, **settings) for form in (convolution, plain_convolution)]
+        chosen, plain = alternate([functools.partial(form, x, kernel) for form in forms])
+        times = f"{1e3 * chosen:8.1f} ms  plain {1e3 * plain:8.1f} ms  {chosen / plain:.2f}"
+        print(f"{name:30s} {times}")
+
+
+def gradients(form, **settings):
+    """Returns the form's output and both gradients as one compiled function."""
+
+    def both(x, kernel):
+        y, pullback = jax.vjp(functools.partial(form, **settings), x, kernel)
+        return y, pullback(y)
+
+    return jax.jit(both)
+
+
+def alternate(calls) -> list[float]:
+    """Returns each call's median seconds, after a first one that compiles."""
+    for call in calls:
+        jax.block_until_ready(call())
+    seconds = [[] for _ in calls]
+    for _ in range(REPEATS):
+        for call, taken in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in seconds]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fetal_flax.config import (
+    EncoderConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from fetal_flax.data.pipeline import Batch
+from fetal_flax.models import functional
+from fetal_flax.models.functional import Variables
+from fetal_flax.training import losses
+from fetal_flax.training.sharding import create_mesh, replicated
+from fetal_flax.training.step import TrainState, create_state, create_steps
+
+POS_WEIGHT = 2.3
+UNET = TrainConfig(
+    model=ModelConfig(name="unet", base_width=4), optimizer=OptimizerConfig(learning_rate=3e-3)
+)
+DEFAULT = TrainConfig()
+
+
+class Run(NamedTuple):
+    state: TrainState
+    metrics: list[dict[str, float]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def _batch(count: int, height: int, width: int, seed: int = 0) -> Batch:
+    """Noise with a bright rectangle, and the rectangle."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 120, (count, height, width, 1), np.uint8)
+    mask = np.zeros_like(image)
+    for row in mask:
+        top, left = rng.integers(0, height // 2), rng.integers(0, width // 2)
+        row[top : top + height // 2, left : left + width // 2] = 1
+    valid, record = np.ones(count, bool), np.arange(count, dtype=np.int32)
+    return Batch(image + 120 * mask, mask, valid, record)
+
+
+def _variables(config: TrainConfig, dtype: Any = jnp.float32) -> Variables:
+    """Fresh ones, with batch statistics that are not those of a fresh network."""
+    variables = functional.init(config.model, 0)
+    rng = np.random.default_rng(0)
+    stats = {n: a + rng.uniform(0, 0.1, a.shape) for n, a in variables.batch_stats.items()}
+    return jax.tree.map(
+        lambda a: jnp.asarray(np.asarray(a), dtype),
+        Variables(variables.params, {n: np.asarray(a) for n, a in stats.items()}),
+    )
+
+
+def _host(tree: Any) -> Any:
+    return jax.tree.map(lambda a: np.array(a), tree)
+
+
+def _train(
+    config: TrainConfig, batches: list[Batch], *, devices: int = 1, dtype: Any = jnp.float32
+) -> Run:
+    mesh = create_mesh(jax.devices()[:devices])
+    steps = create_steps(config, POS_WEIGHT, mesh)
+    state = create_state(config, _variables(config, dtype), mesh)
+    metrics = []
+    for batch in batches:
+        state, numbers = steps.train(state, batch)
+        metrics.append({name: float(number) for name, number in numbers.items()})
+    return Run(state, metrics)
+
+
+def _assert_near(ours: dict, theirs: dict, tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        a, b = np.asarray(ours[name]), np.asarray(theirs[name])
+        assert a.dtype == b.dtype
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), name
+
+
+def _assert_identical(ours: dict, theirs: dict) -> None:
+    for name in ours:
+        a, b = np.asarray(ours[name]), np.asarray(theirs[name])
+        assert a.tobytes() == b.tobytes(), name
+
+
+def _assert_devices_agree(config: TrainConfig, batches: list[Batch]) -> None:
+    single, sharded = _train(config, batches), _train(config, batches, devices=8)
+    for ours, theirs in zip(sharded.metrics, single.metrics, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    with jax.enable_x64(True):
+        single = _train(config, batches, dtype=jnp.float64)
+        sharded = _train(config, batches, devices=8, dtype=jnp.float64)
+        _assert_near(sharded.state.params, single.state.params, 1e-9)
+        _assert_near(sharded.state.batch_stats, single.state.batch_stats, 1e-9)
+        before = _variables(config, jnp.float64)
+        assert sharded.metrics == [pytest.approx(m, rel=1e-9) for m in single.metrics]
+        moved = [
+            n for n, a in before.params.items() if not np.array_equal(a, single.state.params[n])
+        ]
+        assert moved == [n for n in before.params if not n.startswith("encoder/")]
+
+
+@pytest.mark.parametrize("dice_over", ["image", "batch"])
+def test_one_and_eight_devices_agree(dice_over):
+    config = TrainConfig(model=UNET.model, loss=LossConfig(dice_over=dice_over))
+    _assert_devices_agree(config, [_batch(8, 32, 16, seed) for seed in range(3)])
+
+
+@pytest.mark.slow
+def test_one_and_eight_devices_agree_on_the_default_network():
+    _assert_devices_agree(DEFAULT, [_batch(8, 64, 64, seed) for seed in range(3)])
+
+
+def test_a_step_is_traced_once_whatever_the_learning_rate(monkeypatch):
+    traced, apply = [], functional.apply
+
+    def record(*arguments, **keywords):
+        traced.append(keywords.get("train", False))
+        return apply(*arguments, **keywords)
+
+    monkeypatch.setattr(functional, "apply", record)
+    mesh = create_mesh(jax.devices()[:2])
+    steps = create_steps(UNET, POS_WEIGHT, mesh)
+    state = create_state(UNET, _variables(UNET), mesh)
+    for rate in (3e-3, 1e-3, 1e-4):
+        rates = {"main": jax.device_put(jnp.asarray(rate, jnp.float32), replicated(mesh))}
+        state, _ = steps.train(state._replace(learning_rates=rates), _batch(4, 16, 16))
+        steps.evaluate(Variables(state.params, state.batch_stats), _batch(4, 16, 16, seed=1))
+    assert sorted(traced) == [False, True]
+    assert int(state.step) == 3
+
+
+def test_a_step_consumes_its_state_and_leaves_the_variables_alone():
+    mesh = create_mesh(jax.devices()[:2])
+    variables = _variables(UNET)
+    before = _host(variables)
+    state = create_state(UNET, variables, mesh)
+    create_steps(UNET, POS_WEIGHT, mesh).train(state, _batch(2, 16, 16))
+    assert all(array.is_deleted() for array in state.params.values())
+    assert all(array.is_deleted() for array in state.batch_stats.values())
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert moments and all(leaf.is_deleted() for leaf in moments)
+    _assert_identical(variables.params, before.params)
+    _assert_identical(variables.batch_stats, before.batch_stats)
+
+
+def test_loss_falls_on_a_fixed_batch():
+    metrics = _train(UNET, [_batch(4, 32, 32)] * 5).metrics
+    falling = [numbers["loss"] for numbers in metrics]
+    assert falling == sorted(falling, reverse=True)
+    assert falling[-1] < 0.95 * falling[0]
+
+
+def test_metrics_are_those_of_the_batch():
+    batch = _batch(2, 16, 16)
+    variables = _variables(UNET)
+    mesh = create_mesh(jax.devices()[:1])
+    steps = create_steps(UNET, POS_WEIGHT, mesh)
+    images, masks = jnp.float32(batch.image) / 255, jnp.float32(batch.mask)
+    for train in (True, False):
+        logits, _ = functional.apply(UNET.model, variables, images, train=train)
+        loss = losses.dice_bce_loss(
+            logits, masks, jnp.ones(2, bool), config=UNET.loss, pos_weight=POS_WEIGHT
+        )
+        dice = losses.hard_dice(logits, masks)
+        if train:
+            _, metrics = steps.train(create_state(UNET, variables, mesh), batch)
+            dice = dice.mean()
+        else:
+            metrics = steps.evaluate(variables, batch)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
+        np.testing.assert_allclose(metrics["dice"], dice, rtol=1e-4)
+
+
+def test_padded_rows_of_an_evaluation_batch_change_nothing():
+    mesh = create_mesh(jax.devices()[:1])
+    steps, variables = create_steps(UNET, POS_WEIGHT, mesh), _variables(UNET)
+    batch = _batch(2, 16, 16)
+    results = []
+    for filler in (0, 1):
+        padded = Batch(
+            np.concatenate([batch.image, np.full_like(batch.image, 255 * filler)]),
+            np.concatenate([batch.mask, np.full_like(batch.mask, filler)]),
+            np.array([True, True, False, False]),
+            np.array([0, 1, -1, -1], np.int32),
+        )
+        results.append(_host(steps.evaluate(variables, padded)))
+    alone = steps.evaluate(variables, batch)
+    for result in results:
+        np.testing.assert_allclose(result["loss"], alone["loss"], rtol=1e-6)
+        np.testing.assert_allclose(result["dice"][:2], alone["dice"], rtol=1e-6)
+
+
+def _encoder(arrays: dict) -> dict:
+    return {name: array for name, array in arrays.items() if name.startswith("encoder/")}
+
+
+def _steps_with_encoder(encoder: EncoderConfig) -> tuple[Variables, TrainState]:
+    """Two steps of the smallest network with an encoder, negative zeros in it."""
+    config = TrainConfig(
+        model=ModelConfig(name="mobilenet_unet"),
+        encoder=encoder,
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+    )
+    variables = _variables(config)
+    for name, array in _encoder(variables.params).items():
+        variables.params[name] = array.at[..., 0].set(-0.0)
+    before = _host(variables)
+    mesh = create_mesh(jax.devices()[:1])
+    steps = create_steps(config, POS_WEIGHT, mesh)
+    state = create_state(config, variables, mesh)
+    for seed in range(2):
+        state, _ = steps.train(state, _batch(2, 32, 32, seed))
+    return before, _host(state)
+
+
+def _moved(before: dict, after: dict) -> set[str]:
+    return {name for name in before if before[name].tobytes() != after[name].tobytes()}
+
+
+def test_a_frozen_encoder_stays_bit_for_bit():
+    before, after = _steps_with_encoder(EncoderConfig())
+    _assert_identical(_encoder(before.params), _encoder(after.params))
+    _assert_identical(_encoder(before.batch_stats), _encoder(after.batch_stats))
+    assert _moved(before.params, after.params) == before.params.keys() - _encoder(before.params)
+    assert _moved(before.batch_stats, after.batch_stats)
+
+
+def test_a_frozen_encoder_with_batch_statistics_drifts_in_them_alone():
+    before, after = _steps_with_encoder(EncoderConfig(frozen_batch_norm="batch"))
+    _assert_identical(_encoder(before.params), _encoder(after.params))
+    assert _moved(before.batch_stats, after.batch_stats) == before.batch_stats.keys()
+
+
+def test_a_trainable_encoder_learns_at_its_own_rate():
+    before, after = _steps_with_encoder(EncoderConfig(trainable=True, learning_rate=1e-5))
+    change = {
+        name: np.abs(after.params[name] - before.params[name]).max() for name in before.params
+    }
+    encoder = _encoder(change)
+    # Adam moves by at most about its rate per step.
+    assert 5e-6 < max(encoder.values()) < 3e-5
+    assert 1.5e-3 < max(change.values()) < 9e-3
+    assert _moved(before.batch_stats, after.batch_stats) == before.batch_stats.keys()
+
+
+def test_every_step_drops_out_differently_and_a_repeat_the_same():
+    config = TrainConfig(optimizer=OptimizerConfig(learning_rate=1e-30))
+    first = _train(config, [_batch(2, 32, 32)] * 2)
+    again = _train(config, [_batch(2, 32, 32)] * 2)
+    assert first.metrics == again.metrics
+    assert first.metrics[0]["loss"] != first.metrics[1]["loss"]
+
+
+def test_state_arrays_lie_whole_on_every_device():
+    mesh = create_mesh()
+    state = create_state(UNET, _variables(UNET), mesh)
+    assert mesh.size == 8
+    for leaf in jax.tree.leaves(state):
+        assert leaf.sharding == replicated(mesh)
