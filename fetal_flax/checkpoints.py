@@ -9,8 +9,9 @@ The only file that knows Orbax. A training workdir and a converted directory loo
 Saving is atomic: Orbax marks a checkpoint as complete last, and ignores one that isn't.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +56,7 @@ class TrainingCheckpoints:
         keep = _policies.AnyPreservationPolicy(
             [_policies.LatestN(2), _policies.BestN(get_metric_fn=_dice, n=1)]
         )
+        self._workdir = workdir
         self._manager = ocp.CheckpointManager(
             (workdir / FOLDER).resolve(),
             options=ocp.CheckpointManagerOptions(
@@ -89,19 +91,23 @@ class TrainingCheckpoints:
         Args:
             variables: Arrays or shapes with the shardings to restore to.
             training: The same for what `save` got as `training`.
+
+        Raises:
+            InputError: The checkpoint can't be read.
         """
         epoch = self._manager.latest_step()
         if epoch is None:
             return None
-        restored = self._manager.restore(
-            epoch,
-            args=ocp.args.Composite(
-                variables=ocp.args.StandardRestore(variables._asdict()),
-                training=ocp.args.StandardRestore(training),
-                description=ocp.args.JsonRestore(),
-            ),
-        )
-        description = _from_json(restored["description"], f"checkpoint {epoch}")
+        with _damage_named(self._workdir):
+            restored = self._manager.restore(
+                epoch,
+                args=ocp.args.Composite(
+                    variables=ocp.args.StandardRestore(variables._asdict()),
+                    training=ocp.args.StandardRestore(training),
+                    description=ocp.args.JsonRestore(),
+                ),
+            )
+            description = _from_json(restored["description"], f"checkpoint {epoch}")
         return Variables(**restored["variables"]), restored["training"], description
 
     def close(self) -> None:
@@ -176,17 +182,33 @@ def exists(directory: Path) -> bool:
     return (directory / FOLDER).is_dir()
 
 
-def _reader(directory: Path) -> ocp.CheckpointManager:
+@contextlib.contextmanager
+def _reader(directory: Path) -> Iterator[ocp.CheckpointManager]:
     if not exists(directory):
         raise InputError(
             f"{directory} holds no checkpoint: give a training workdir or a converted directory"
         )
-    return ocp.CheckpointManager(
-        (directory / FOLDER).resolve(),
-        options=ocp.CheckpointManagerOptions(
-            read_only=True, save_interval_steps=0, create=False, best_fn=_dice, best_mode="max"
-        ),
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, save_interval_steps=0, create=False, best_fn=_dice, best_mode="max"
     )
+    with (
+        _damage_named(directory),
+        ocp.CheckpointManager((directory / FOLDER).resolve(), options=options) as manager,
+    ):
+        yield manager
+
+
+@contextlib.contextmanager
+def _damage_named(directory: Path) -> Iterator[None]:
+    """Turns what Orbax says of broken files into a sentence that names their place."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{directory / FOLDER} is damaged ({reason[:200]}): restore it from a copy, or delete "
+            "the damaged epoch's folder to fall back on another"
+        ) from error
 
 
 def _describe(manager: ocp.CheckpointManager, directory: Path) -> tuple[int, Description]:

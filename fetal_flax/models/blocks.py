@@ -1,6 +1,7 @@
 """What the networks are built of: convolution blocks and squeeze-excite."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -102,9 +103,16 @@ class ResidualSEBlock(nnx.Module):
 
 
 def max_pool(x: FeatureMap) -> FeatureMap:
-    """2×2 maximum with stride 2; height and width are even."""
+    """2×2 maximum with stride 2; height and width are even.
+
+    By comparison and not by `max`, whose gradient looks for elements that equal the maximum: XLA
+    may compute the map again for it, rounded otherwise, find none and divide by zero.
+    """
     batch, height, width, channels = x.shape
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+    x = x.reshape(batch, height, width // 2, 2, channels)
+    x = jnp.where(x[..., 0, :] >= x[..., 1, :], x[..., 0, :], x[..., 1, :])
+    x = x.reshape(batch, height // 2, 2, width // 2, channels)
+    return jnp.where(x[:, :, 0] >= x[:, :, 1], x[:, :, 0], x[:, :, 1])
 
 
 def concat(first: FeatureMap, second: FeatureMap) -> FeatureMap:

@@ -166,6 +166,7 @@ def train(config: TrainConfig, workdir: Path, *, resume: bool = False) -> Path:
             variables, training, description = restored
             state = TrainState(**variables._asdict(), **training)
             done = Progressed.from_json(dict(description.progress))
+            _check_same_split(run, workdir)
             progress.say(f"resuming behind epoch {done.epochs}")
         _write_start(run, workdir)
         logs = Logs(workdir, int(state.step))
@@ -189,8 +190,10 @@ def describe(run: Run) -> str:
         len({run.dataset.examinations[i] for i in side}) for side in (split.train, split.validation)
     ]
     device = jax.devices()[0]
+    proposed = config.model.name == "mobilenet_aspp_se_unet"
+    variant = f" ({config.model.variant})" if proposed else ""
     return (
-        f"{config.model.name} ({config.model.variant}){of_encoder}\n"
+        f"{config.model.name}{variant}{of_encoder}\n"
         f"{len(split.train)} training images of {examinations[0]} examinations, "
         f"{len(split.validation)} validation images of {examinations[1]}, "
         f"pos_weight {run.pos_weight:.3f}\n"
@@ -399,6 +402,15 @@ def _split_method(config: TrainConfig) -> dict[str, Any]:
         "folds": config.data.folds,
         "fold": config.data.fold,
     }
+
+
+def _check_same_split(run: Run, workdir: Path) -> None:
+    manifest = workdir / "split.json"
+    if splits.read_manifest(manifest, run.dataset.names) != run.split:
+        raise InputError(
+            f"{manifest} differs from the split of this data set: resume with the data that the "
+            "run began with, or choose another --workdir"
+        )
 
 
 def _write_start(run: Run, workdir: Path) -> None:

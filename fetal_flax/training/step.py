@@ -63,8 +63,9 @@ def create_state(config: TrainConfig, variables: Variables, mesh: Mesh) -> Train
             for group, rate in initial_learning_rates(config).items()
         },
     )
-    # Copied, because the state is donated and the caller may keep the variables.
-    return jax.device_put(state, replicated(mesh), may_alias=False)
+    # Copied, because the state is donated and the caller may keep the variables. With several
+    # devices, device_put aliases the copy on the first one even if told not to.
+    return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))
 
 
 def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:

@@ -222,13 +222,22 @@ def test_aspp_drops_out_after_the_projection_in_training_only():
     y, _ = run(ours, state, x, train=True, dropout_key=jax.random.key(0))
     kept = theirs.train()(torch_map(x)).detach().numpy().transpose(0, 2, 3, 1)
     on = np.asarray(y) != 0
-    np.testing.assert_allclose(np.asarray(y)[on], 2 * kept[on], rtol=1e-10)
+    np.testing.assert_allclose(np.asarray(y)[on], 2 * kept[on], rtol=1e-8)
     assert on[kept > 0].mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_max_pool_is_torchs():
-    x = random_map(2, 6, 4, 3)
-    assert_near(max_pool(jnp.asarray(x)), torch.max_pool2d(torch_map(x), 2))
+@pytest.mark.parametrize("ties", [False, True])
+def test_max_pool_is_torchs_and_so_is_its_gradient(ties):
+    x, weights = random_map(2, 6, 4, 3), random_map(2, 3, 2, 3)
+    if ties:
+        x = np.maximum(np.round(x), 0)
+    y, pullback = jax.vjp(max_pool, jnp.asarray(x))
+    theirs = torch_map(x).requires_grad_()
+    reference = torch.max_pool2d(theirs, 2)
+    reference.backward(torch_map(weights))
+    assert theirs.grad is not None
+    assert_near(y, reference, 0)
+    assert_near(pullback(jnp.asarray(weights))[0], theirs.grad, 0)
 
 
 @pytest.fixture(scope="module")
@@ -266,8 +275,9 @@ def _taps(features: nn.Sequential, x: np.ndarray) -> list[torch.Tensor]:
 
 
 # Without expansion; stride 2; with a shortcut; stride 1 without a shortcut.
-@pytest.mark.parametrize(("index", "channels"), [(1, 32), (2, 16), (3, 24), (17, 160)])
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    ("index", "channels", "train"), [(1, 32, False), (2, 16, True), (3, 24, True), (11, 64, False)]
+)
 def test_inverted_residual_is_torchvisions(encoder, index, channels, train):
     ours, state, features = encoder
     x = 3 * random_map(2, 6, 8, channels)
@@ -287,6 +297,7 @@ def test_mobilenet_taps_are_torchvisions(encoder):
     assert all(jax.tree.leaves(unchanged))
 
 
+@pytest.mark.slow
 def test_mobilenet_in_training_is_torchvisions_statistics_included(encoder):
     ours, state, features = encoder
     theirs = copy.deepcopy(features).train()

@@ -248,7 +248,11 @@ def test_shapes_are_those_of_init():
     )
 
 
-@pytest.mark.parametrize("config", [DESCRIBED, SMALL_UNET], ids=["described", "unet"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(DESCRIBED, marks=pytest.mark.slow), SMALL_UNET],
+    ids=["described", "unet"],
+)
 def test_bfloat16_gives_float32_logits_near_those_of_float32(config):
     images = _images(2, 64, 64, 1)
     exact, _ = _compiled(config)(images)

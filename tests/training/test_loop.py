@@ -139,6 +139,15 @@ def test_resuming_with_another_config_is_refused(finished, cache_dir):
         loop.train(other, finished, resume=True)
 
 
+def test_resuming_with_other_data_is_refused(cache_dir, tmp_path):
+    workdir = loop.train(small_config(cache_dir, epochs=1), tmp_path / "run")
+    manifest = json.loads((workdir / "split.json").read_text())
+    manifest["train"].pop()
+    (workdir / "split.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="split"):
+        loop.train(small_config(cache_dir), workdir, resume=True)
+
+
 def test_resuming_nothing_is_refused(cache_dir, tmp_path):
     with pytest.raises(InputError, match="no run"):
         loop.train(small_config(cache_dir), tmp_path / "nothing", resume=True)

@@ -1,7 +1,7 @@
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +45,22 @@ def _random(seed: int) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=shape) * 10.0 ** (-4 * seed) for name, shape in SHAPES.items()}
 
 
-def _update(optimizer, gradients, state, params, rates: dict[str, Any]):
-    arrays = [{name: jnp.asarray(a) for name, a in side.items()} for side in (gradients, params)]
+def _update(
+    optimizer: optax.GradientTransformationExtraArgs,
+    gradients: Mapping[str, Any],
+    state: optax.OptState,
+    params: dict[str, jax.Array],
+    rates: dict[str, float],
+) -> tuple[dict[str, jax.Array], optax.OptState]:
     # optax mixes dtypes inside.
     with jax.numpy_dtype_promotion("standard"):
-        return optimizer.update(arrays[0], state, arrays[1], learning_rates=rates)
+        updates, state = optimizer.update(
+            {name: jnp.asarray(array) for name, array in gradients.items()},
+            state,
+            params,
+            learning_rates=rates,
+        )
+    return cast(dict[str, jax.Array], updates), state
 
 
 @pytest.mark.parametrize("l2", [0.0, 0.1])
@@ -78,7 +89,7 @@ def test_ten_steps_are_those_of_torchs_adam(l2):
             group["lr"] = rate
         adam.step()
         updates, state = _update(optimizer, gradients, state, params, rates)
-        params = optax.apply_updates(params, updates)
+        params = {name: array + updates[name] for name, array in params.items()}
         for name in SHAPES:
             reference = theirs[name].detach().numpy()
             assert params[name].dtype == jnp.float64

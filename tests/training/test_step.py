@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from fetal_flax.config import (
     EncoderConfig,
@@ -18,7 +19,7 @@ from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 from fetal_flax.training import losses
 from fetal_flax.training.sharding import create_mesh, replicated
-from fetal_flax.training.step import TrainState, create_state, create_steps
+from fetal_flax.training.step import Steps, TrainState, create_state, create_steps
 
 POS_WEIGHT = 2.3
 UNET = TrainConfig(
@@ -53,13 +54,13 @@ def _batch(count: int, height: int, width: int, seed: int = 0) -> Batch:
 
 
 def _variables(config: TrainConfig, dtype: Any = jnp.float32) -> Variables:
-    """Fresh ones, with batch statistics that are not those of a fresh network."""
+    """Fresh ones, with variances that are not those of a fresh network."""
     variables = functional.init(config.model, 0)
     rng = np.random.default_rng(0)
-    stats = {n: a + rng.uniform(0, 0.1, a.shape) for n, a in variables.batch_stats.items()}
-    return jax.tree.map(
-        lambda a: jnp.asarray(np.asarray(a), dtype),
-        Variables(variables.params, {n: np.asarray(a) for n, a in stats.items()}),
+    stats = {n: a * rng.uniform(0.2, 1, a.shape) for n, a in _host(variables.batch_stats).items()}
+    return Variables(
+        {name: jnp.asarray(np.asarray(a), dtype) for name, a in variables.params.items()},
+        {name: jnp.asarray(a, dtype) for name, a in stats.items()},
     )
 
 
@@ -94,32 +95,47 @@ def _assert_identical(ours: dict, theirs: dict) -> None:
         assert a.tobytes() == b.tobytes(), name
 
 
-def _assert_devices_agree(config: TrainConfig, batches: list[Batch]) -> None:
-    single, sharded = _train(config, batches), _train(config, batches, devices=8)
-    for ours, theirs in zip(sharded.metrics, single.metrics, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+@pytest.fixture(scope="module")
+def unet() -> tuple[Mesh, Steps]:
+    mesh = create_mesh(jax.devices()[:2])
+    return mesh, create_steps(UNET, POS_WEIGHT, mesh)
+
+
+def _assert_devices_agree_in_float64(config: TrainConfig, batches: list[Batch]) -> None:
     with jax.enable_x64(True):
+        before = _variables(config, jnp.float64)
         single = _train(config, batches, dtype=jnp.float64)
         sharded = _train(config, batches, devices=8, dtype=jnp.float64)
         _assert_near(sharded.state.params, single.state.params, 1e-9)
         _assert_near(sharded.state.batch_stats, single.state.batch_stats, 1e-9)
-        before = _variables(config, jnp.float64)
         assert sharded.metrics == [pytest.approx(m, rel=1e-9) for m in single.metrics]
-        moved = [
-            n for n, a in before.params.items() if not np.array_equal(a, single.state.params[n])
-        ]
-        assert moved == [n for n in before.params if not n.startswith("encoder/")]
+        assert _moved(_host(before.params), _host(single.state.params)) == {
+            name for name in before.params if not name.startswith("encoder/")
+        }
 
 
-@pytest.mark.parametrize("dice_over", ["image", "batch"])
+def _assert_devices_agree_in_float32(config: TrainConfig, batches: list[Batch]) -> None:
+    single, sharded = _train(config, batches), _train(config, batches, devices=8)
+    for ours, theirs in zip(sharded.metrics, single.metrics, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("dice_over", ["image", pytest.param("batch", marks=pytest.mark.slow)])
 def test_one_and_eight_devices_agree(dice_over):
     config = TrainConfig(model=UNET.model, loss=LossConfig(dice_over=dice_over))
-    _assert_devices_agree(config, [_batch(8, 32, 16, seed) for seed in range(3)])
+    _assert_devices_agree_in_float64(config, [_batch(8, 32, 16, seed) for seed in range(3)])
+
+
+@pytest.mark.slow
+def test_one_and_eight_devices_agree_in_float32():
+    _assert_devices_agree_in_float32(UNET, [_batch(8, 32, 32, seed) for seed in range(3)])
 
 
 @pytest.mark.slow
 def test_one_and_eight_devices_agree_on_the_default_network():
-    _assert_devices_agree(DEFAULT, [_batch(8, 64, 64, seed) for seed in range(3)])
+    batches = [_batch(8, 64, 64, seed) for seed in range(3)]
+    _assert_devices_agree_in_float64(DEFAULT, batches)
+    _assert_devices_agree_in_float32(DEFAULT, batches)
 
 
 def test_a_step_is_traced_once_whatever_the_learning_rate(monkeypatch):
@@ -141,12 +157,12 @@ def test_a_step_is_traced_once_whatever_the_learning_rate(monkeypatch):
     assert int(state.step) == 3
 
 
-def test_a_step_consumes_its_state_and_leaves_the_variables_alone():
-    mesh = create_mesh(jax.devices()[:2])
+def test_a_step_consumes_its_state_and_leaves_the_variables_alone(unet):
+    mesh, steps = unet
     variables = _variables(UNET)
     before = _host(variables)
     state = create_state(UNET, variables, mesh)
-    create_steps(UNET, POS_WEIGHT, mesh).train(state, _batch(2, 16, 16))
+    steps.train(state, _batch(2, 16, 16))
     assert all(array.is_deleted() for array in state.params.values())
     assert all(array.is_deleted() for array in state.batch_stats.values())
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
@@ -155,39 +171,41 @@ def test_a_step_consumes_its_state_and_leaves_the_variables_alone():
     _assert_identical(variables.batch_stats, before.batch_stats)
 
 
-def test_loss_falls_on_a_fixed_batch():
-    metrics = _train(UNET, [_batch(4, 32, 32)] * 5).metrics
-    falling = [numbers["loss"] for numbers in metrics]
+def test_loss_falls_on_a_fixed_batch(unet):
+    mesh, steps = unet
+    state, falling = create_state(UNET, _variables(UNET), mesh), []
+    for _ in range(5):
+        state, metrics = steps.train(state, _batch(2, 16, 16))
+        falling.append(float(metrics["loss"]))
     assert falling == sorted(falling, reverse=True)
     assert falling[-1] < 0.95 * falling[0]
+    assert int(state.step) == 5
 
 
-def test_metrics_are_those_of_the_batch():
-    batch = _batch(2, 16, 16)
-    variables = _variables(UNET)
-    mesh = create_mesh(jax.devices()[:1])
-    steps = create_steps(UNET, POS_WEIGHT, mesh)
+@pytest.mark.parametrize("train", [False, True])
+def test_metrics_are_those_of_the_batch(unet, train):
+    mesh, steps = unet
+    batch, variables = _batch(2, 16, 16), _variables(UNET)
     images, masks = jnp.float32(batch.image) / 255, jnp.float32(batch.mask)
-    for train in (True, False):
-        logits, _ = functional.apply(UNET.model, variables, images, train=train)
-        loss = losses.dice_bce_loss(
-            logits, masks, jnp.ones(2, bool), config=UNET.loss, pos_weight=POS_WEIGHT
-        )
-        dice = losses.hard_dice(logits, masks)
-        if train:
-            _, metrics = steps.train(create_state(UNET, variables, mesh), batch)
-            dice = dice.mean()
-        else:
-            metrics = steps.evaluate(variables, batch)
-        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
-        np.testing.assert_allclose(metrics["dice"], dice, rtol=1e-4)
+    logits, _ = jax.jit(lambda v, x: functional.apply(UNET.model, v, x, train=train))(
+        variables, images
+    )
+    loss = losses.dice_bce_loss(
+        logits, masks, jnp.ones(2, bool), config=UNET.loss, pos_weight=POS_WEIGHT
+    )
+    dice = losses.hard_dice(logits, masks)
+    if train:
+        _, metrics = steps.train(create_state(UNET, variables, mesh), batch)
+        dice = dice.mean()
+    else:
+        metrics = steps.evaluate(variables, batch)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["dice"], dice, rtol=1e-5)
 
 
-def test_padded_rows_of_an_evaluation_batch_change_nothing():
-    mesh = create_mesh(jax.devices()[:1])
-    steps, variables = create_steps(UNET, POS_WEIGHT, mesh), _variables(UNET)
-    batch = _batch(2, 16, 16)
-    results = []
+def test_padded_rows_of_an_evaluation_batch_change_nothing(unet):
+    _, steps = unet
+    variables, batch, results = _variables(UNET), _batch(2, 16, 16), []
     for filler in (0, 1):
         padded = Batch(
             np.concatenate([batch.image, np.full_like(batch.image, 255 * filler)]),
@@ -233,16 +251,19 @@ def test_a_frozen_encoder_stays_bit_for_bit():
     before, after = _steps_with_encoder(EncoderConfig())
     _assert_identical(_encoder(before.params), _encoder(after.params))
     _assert_identical(_encoder(before.batch_stats), _encoder(after.batch_stats))
-    assert _moved(before.params, after.params) == before.params.keys() - _encoder(before.params)
+    kernels = {name for name in before.params if name.endswith("kernel")}
+    assert _moved(before.params, after.params) >= kernels - _encoder(before.params).keys()
     assert _moved(before.batch_stats, after.batch_stats)
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_with_batch_statistics_drifts_in_them_alone():
     before, after = _steps_with_encoder(EncoderConfig(frozen_batch_norm="batch"))
     _assert_identical(_encoder(before.params), _encoder(after.params))
     assert _moved(before.batch_stats, after.batch_stats) == before.batch_stats.keys()
 
 
+@pytest.mark.slow
 def test_a_trainable_encoder_learns_at_its_own_rate():
     before, after = _steps_with_encoder(EncoderConfig(trainable=True, learning_rate=1e-5))
     change = {
@@ -255,12 +276,19 @@ def test_a_trainable_encoder_learns_at_its_own_rate():
     assert _moved(before.batch_stats, after.batch_stats) == before.batch_stats.keys()
 
 
+@pytest.mark.slow
 def test_every_step_drops_out_differently_and_a_repeat_the_same():
     config = TrainConfig(optimizer=OptimizerConfig(learning_rate=1e-30))
-    first = _train(config, [_batch(2, 32, 32)] * 2)
-    again = _train(config, [_batch(2, 32, 32)] * 2)
-    assert first.metrics == again.metrics
-    assert first.metrics[0]["loss"] != first.metrics[1]["loss"]
+    mesh = create_mesh(jax.devices()[:1])
+    steps, variables = create_steps(config, POS_WEIGHT, mesh), _variables(config)
+    runs = []
+    for _ in range(2):
+        state, runs = create_state(config, variables, mesh), [*runs, []]
+        for _ in range(2):
+            state, metrics = steps.train(state, _batch(2, 32, 32))
+            runs[-1].append(float(metrics["loss"]))
+    assert runs[0] == runs[1]
+    assert runs[0][0] != runs[0][1]
 
 
 def test_state_arrays_lie_whole_on_every_device():

@@ -1,0 +1,246 @@
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from fetal_flax import checkpoints
+from fetal_flax.checkpoints import Description, TrainingCheckpoints
+from fetal_flax.config import ModelConfig, TrainConfig, to_dict
+from fetal_flax.errors import InputError
+from fetal_flax.models import functional
+from fetal_flax.models.functional import Variables
+from fetal_flax.training.sharding import create_mesh, replicated
+from fetal_flax.training.step import create_state
+
+MODEL = ModelConfig(name="unet", base_width=2)
+CONFIG = TrainConfig(model=MODEL)
+DESCRIPTION = Description(
+    kind="network",
+    model=MODEL,
+    image_size=(64, 96),
+    config=json.loads(json.dumps(to_dict(CONFIG))),
+    progress={"epoch": 3, "history": [{"validation_dice": 0.1 + 0.2}]},
+)
+
+
+@pytest.fixture(scope="module")
+def variables() -> Variables:
+    """Random numbers, negative zeros among them."""
+    rng = np.random.default_rng(0)
+
+    def random(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        array = rng.normal(size=shape.shape).astype(np.float32)
+        array.flat[0] = -0.0
+        return jnp.asarray(array)
+
+    return jax.tree.map(random, functional.shapes(MODEL))
+
+
+def _bytes(tree: Any) -> dict[str, bytes]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def _abstract(tree: Any, sharding: Sharding) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+
+def _epochs(workdir: Path) -> set[int]:
+    return {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
+
+
+def _train(workdir: Path, dices: list[float]) -> None:
+    """Saves epochs that hold nothing but their own number."""
+    shapes = functional.shapes(MODEL)
+    saved = TrainingCheckpoints(workdir)
+    for epoch, dice in enumerate(dices, 1):
+        arrays = jax.tree.map(lambda a, epoch=epoch: jnp.full(a.shape, epoch, a.dtype), shapes)
+        description = dataclasses.replace(DESCRIPTION, progress={"epoch": epoch})
+        saved.save(epoch, arrays, {"step": jnp.int32(epoch)}, description, dice)
+    saved.close()
+
+
+def test_a_saved_network_comes_back_bit_for_bit_with_its_description(variables, tmp_path):
+    checkpoints.save(tmp_path / "network", variables, DESCRIPTION)
+    loaded, description = checkpoints.load(tmp_path / "network")
+    assert _bytes(loaded) == _bytes(variables)
+    assert description == DESCRIPTION
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        Description(kind="network", model=MODEL),
+        dataclasses.replace(DESCRIPTION, progress={"best": -float("inf"), "name": "Schädel"}),
+    ],
+    ids=["defaults", "odd values"],
+)
+def test_descriptions_come_back(variables, tmp_path, description):
+    checkpoints.save(tmp_path / "network", variables, description)
+    assert checkpoints.load(tmp_path / "network")[1] == description
+
+
+def test_saving_refuses_to_overwrite(variables, tmp_path):
+    checkpoints.save(tmp_path / "network", variables, DESCRIPTION)
+    with pytest.raises(InputError, match="already holds a checkpoint"):
+        checkpoints.save(tmp_path / "network", variables, DESCRIPTION)
+
+
+@pytest.mark.parametrize(
+    ("dices", "kept", "best"),
+    [
+        ([0.1, 0.9, 0.2, 0.3, 0.4], {2, 4, 5}, 2),
+        ([0.1, 0.2, 0.3], {2, 3}, 3),
+        ([0.4, 0.3, 0.2, 0.1], {1, 3, 4}, 1),
+        ([0.5], {1}, 1),
+    ],
+)
+def test_training_keeps_the_best_and_the_last_two(tmp_path, dices, kept, best):
+    _train(tmp_path, dices)
+    assert _epochs(tmp_path) == kept
+    loaded, description = checkpoints.load(tmp_path)
+    assert description.progress == {"epoch": best}
+    assert {float(array.max()) for array in loaded.params.values()} == {best}
+
+
+def test_training_resumes_from_the_last_epoch_not_the_best(tmp_path):
+    _train(tmp_path, [0.9, 0.2, 0.3])
+    device = SingleDeviceSharding(jax.devices()[0])
+    saved = TrainingCheckpoints(tmp_path)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=device)
+    restored = saved.restore_latest(_abstract(functional.shapes(MODEL), device), {"step": step})
+    saved.close()
+    assert restored is not None
+    variables, training, description = restored
+    assert (int(training["step"]), description.progress) == (3, {"epoch": 3})
+    assert float(variables.params["head/bias"][0]) == 3
+
+
+def test_there_is_nothing_to_restore_before_the_first_epoch(variables, tmp_path):
+    saved = TrainingCheckpoints(tmp_path)
+    assert saved.restore_latest(variables, {"step": jnp.int32(0)}) is None
+    saved.close()
+
+
+@pytest.mark.parametrize(("devices_before", "devices_after"), [(8, 1), (1, 8), (8, 2)])
+def test_training_goes_on_with_other_devices(variables, tmp_path, devices_before, devices_after):
+    state = create_state(CONFIG, variables, create_mesh(jax.devices()[:devices_before]))
+    expected = _bytes(state)
+    sharding = replicated(create_mesh(jax.devices()[:devices_after]))
+    saved = TrainingCheckpoints(tmp_path)
+    of_training = ("step", "opt_state", "learning_rates")
+    saved.save(
+        1,
+        Variables(state.params, state.batch_stats),
+        {name: getattr(state, name) for name in of_training},
+        DESCRIPTION,
+        0.5,
+    )
+    abstract = _abstract(state, sharding)
+    restored = saved.restore_latest(
+        Variables(abstract.params, abstract.batch_stats),
+        {name: getattr(abstract, name) for name in of_training},
+    )
+    saved.close()
+    assert restored is not None
+    variables, training, description = restored
+    back = type(state)(**variables._asdict(), **training)
+    assert _bytes(back) == expected
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(back))
+    assert description == DESCRIPTION
+
+
+def _donating_step(sharding: Sharding) -> Callable[[Any], Any]:
+    """A step that overwrites every array in place."""
+    return jax.jit(
+        lambda tree: jax.tree.map(lambda a: a * -3 + 1, tree),
+        donate_argnums=0,
+        in_shardings=sharding,
+        out_shardings=sharding,
+    )
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, devices):
+    sharding = replicated(create_mesh(jax.devices()[:devices]))
+    step = _donating_step(sharding)
+    rng = np.random.default_rng(0)
+    # Large enough that writing goes on for long behind save's return.
+    values = {f"array{i}": rng.normal(size=(1024, 512)).astype(np.float32) for i in range(8)}
+    training = {"moments": rng.normal(size=(2048, 512)).astype(np.float32)}
+    expected = _bytes((values, training))
+    state = jax.device_put((values, training), sharding)
+    state = jax.tree.map(jnp.copy, state)  # XLA's own memory, as of a step's output.
+    abstract = _abstract(state, sharding)
+
+    saved = TrainingCheckpoints(tmp_path)
+    for epoch in range(1, 4):
+        if epoch > 1:
+            expected = _bytes(jax.tree.map(jnp.copy, state))  # Reading would pin the memory.
+        params, moments = state
+        saved.save(epoch, Variables(params, {}), moments, DESCRIPTION, 0.5)
+        for _ in range(20):
+            state = step(state)
+        # On a single CPU device, Orbax holds on to the memory and JAX donates none of it.
+        deleted = [leaf.is_deleted() for leaf in jax.tree.leaves((params, moments))]
+        assert all(deleted) or devices == 1
+        jax.block_until_ready(state)
+        restored = saved.restore_latest(Variables(abstract[0], {}), abstract[1])
+        assert restored is not None
+        assert _bytes((restored[0].params, restored[1])) == expected
+    saved.close()
+
+
+@pytest.mark.parametrize(
+    "load", [checkpoints.load, lambda path: checkpoints.load_encoder(path, Variables({}, {}))]
+)
+def test_a_folder_without_checkpoint_is_named_and_left_as_it_is(tmp_path, load):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(InputError, match=rf"{folder} holds no checkpoint"):
+            load(folder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_never_finished_an_epoch_is_named(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match="holds no complete checkpoint"):
+        checkpoints.load(tmp_path)
+
+
+def test_an_encoder_is_no_network(variables, tmp_path):
+    description = dataclasses.replace(DESCRIPTION, kind="encoder")
+    checkpoints.save(tmp_path / "encoder", variables, description)
+    with pytest.raises(InputError, match=r"holds an encoder alone.*--encoder\.weights"):
+        checkpoints.load(tmp_path / "encoder")
+
+
+def test_a_newer_format_is_refused_with_the_way_out(monkeypatch, variables, tmp_path):
+    monkeypatch.setattr(checkpoints, "FORMAT", 2)
+    checkpoints.save(tmp_path / "network", variables, DESCRIPTION)
+    monkeypatch.setattr(checkpoints, "FORMAT", 1)
+    with pytest.raises(InputError, match="has checkpoint format 2, this version reads 1"):
+        checkpoints.load(tmp_path / "network")
+
+
+@pytest.mark.parametrize("item", ["variables", "description"])
+def test_a_damaged_checkpoint_is_bad_input(variables, tmp_path, item):
+    checkpoints.save(tmp_path / "network", variables, DESCRIPTION)
+    for path in (tmp_path / "network" / "checkpoints" / "0" / item).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError, match="network"):
+        checkpoints.load(tmp_path / "network")
+
+
+def test_exists_tells_whether_there_are_checkpoints(variables, tmp_path):
+    assert not checkpoints.exists(tmp_path / "network")
+    checkpoints.save(tmp_path / "network", variables, DESCRIPTION)
+    assert checkpoints.exists(tmp_path / "network")
