@@ -183,11 +183,11 @@ def test_loss_falls_on_a_fixed_batch(unet):
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_metrics_are_those_of_the_batch(unet, train):
+def test_metrics_and_statistics_are_those_of_the_batch(unet, train):
     mesh, steps = unet
     batch, variables = _batch(2, 16, 16), _variables(UNET)
     images, masks = jnp.float32(batch.image) / 255, jnp.float32(batch.mask)
-    logits, _ = jax.jit(lambda v, x: functional.apply(UNET.model, v, x, train=train))(
+    logits, batch_stats = jax.jit(lambda v, x: functional.apply(UNET.model, v, x, train=train))(
         variables, images
     )
     loss = losses.dice_bce_loss(
@@ -195,7 +195,8 @@ def test_metrics_are_those_of_the_batch(unet, train):
     )
     dice = losses.hard_dice(logits, masks)
     if train:
-        _, metrics = steps.train(create_state(UNET, variables, mesh), batch)
+        state, metrics = steps.train(create_state(UNET, variables, mesh), batch)
+        _assert_near(state.batch_stats, batch_stats, 1e-4)
         dice = dice.mean()
     else:
         metrics = steps.evaluate(variables, batch)
