@@ -48,7 +48,7 @@ def transfer(
     if problems:
         raise InputError(
             f"{source} doesn't fit the network: {'; '.join(problems)}: "
-            "give a checkpoint of this layout (docs/parity.md lists them)"
+            "give a state dict of torchvision's mobilenet_v2"
         )
     arrays = {name: jnp.asarray(array, jnp.float32) for name, array in found.items()}
     return Variables(

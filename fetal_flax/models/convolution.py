@@ -1,7 +1,7 @@
 """Convolution as PyTorch pads it, in the cheapest exact form for the backend and the shapes.
 
 Every form computes the same sum as `plain_convolution`; tests/models/test_convolution.py holds
-each to it, forward and gradient, in float64. docs/performance.md says what each one saves.
+each to it, forward and gradient, in float64. benchmarks/convolutions.py measures what each saves.
 """
 
 import jax

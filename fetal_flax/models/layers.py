@@ -1,4 +1,4 @@
-"""Layers with PyTorch's meaning where Flax's own differ (docs/parity.md).
+"""Layers with PyTorch's meaning where Flax's own differ.
 
 All maps are NHWC. Parameters are float32; a layer computes in the dtype of the map it is given.
 """
