@@ -2,7 +2,10 @@
 
     python train.py --config configs/hc18.py
 
-downloads HC18 (Zenodo 1327317) and torchvision's MobileNetV2 once; a local folder goes in with
+validates at Dice 0.95 after 2 epochs and 0.967 after 5 (652 images, two cores of a shared Xeon,
+about 6 minutes an epoch, 2026-11-23); nobody has yet run all 100 epochs.
+
+It downloads HC18 (Zenodo 1327317) and torchvision's MobileNetV2 once; a local folder goes in with
 `--data.data-dir DIR`, a local file with `--encoder.weights FILE`.
 """
 

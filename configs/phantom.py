@@ -2,7 +2,8 @@
 
     python train.py
 
-RUNTIME
+5 min 36 s to validation Dice 0.9679 on two cores of a shared Xeon (2026-11-23; another job ran
+beside it). The first epoch validates near 0: the running statistics have yet to settle.
 """
 
 from fetal_flax.config import (
@@ -22,10 +23,10 @@ def config() -> TrainConfig:
         # Without a download there are no pre-trained weights. Random ones stay frozen, so that
         # the run takes the path that HC18 takes; their batch norms have to settle on the data.
         encoder=EncoderConfig(weights="none", frozen_batch_norm="batch"),
-        data=DataConfig(dataset="fetal_phantom", image_size=(128, 128), phantom_count=480),
+        data=DataConfig(dataset="fetal_phantom", image_size=(96, 96), phantom_count=480),
         # Phantoms vary enough by themselves.
         augmentation=AugmentationConfig(enabled=False),
         # A few minutes have to do: small batches, and a high rate that drops at the first plateau.
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        schedule=ScheduleConfig(epochs=7, batch_size=8, patience=1),
+        schedule=ScheduleConfig(epochs=8, batch_size=8, patience=1),
     )
