@@ -38,16 +38,16 @@ def test_per_image_csv_reads_back_exactly(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "per_image", "columns"),
+    ("names", "per_image", "columns", "error"),
     [
-        (["a"], PER_IMAGE, {}),
-        (["a", "b"], PER_IMAGE, {"height": [540]}),
-        (["a", "b"], PER_IMAGE, {"dice": [1, 1]}),
-        ([], [], {}),
+        (["a"], PER_IMAGE, {}, ValueError),
+        (["a", "b"], PER_IMAGE, {"height": [540]}, ValueError),
+        (["a", "b"], PER_IMAGE, {"dice": [1, 1]}, ValueError),
+        ([], [], {}, InputError),
     ],
 )
-def test_nothing_is_written_for_tables_that_do_not_fit(tmp_path, names, per_image, columns):
-    with pytest.raises(ValueError):
+def test_nothing_is_written_for_tables_that_do_not_fit(tmp_path, names, per_image, columns, error):
+    with pytest.raises(error):
         write_metrics(tmp_path / "out", names, per_image, columns=columns)
     assert not (tmp_path / "out").exists()
 
