@@ -3,13 +3,13 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fetal_flax.errors import InputError
+from fetal_flax.files import json_bytes, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def write_manifest(
     """Writes a split as JSON, whole or not at all.
 
     Args:
-        path: The file; its directory must exist.
+        path: The file; its folder is created if needed.
         sides: The split.
         names: Name of each record.
         method: How the split was made: the arguments of `split`.
@@ -82,9 +82,7 @@ def write_manifest(
         "train": [names[i] for i in sides.train],
         "validation": [names[i] for i in sides.validation],
     }
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_atomically(path, json_bytes(manifest))
 
 
 def read_manifest(path: Path, names: Sequence[str]) -> Split:

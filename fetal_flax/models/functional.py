@@ -35,6 +35,7 @@ def init(config: ModelConfig, seed: int) -> Variables:
     return Variables(_flatten(params), _flatten(batch_stats))
 
 
+@functools.lru_cache
 def shapes(config: ModelConfig) -> Variables:
     """Returns the variables' shapes and dtypes without computing them."""
     return jax.eval_shape(lambda: init(config, 0))

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from fetal_flax import checkpoints
 from fetal_flax.checkpoints import Description, TrainingCheckpoints
@@ -216,7 +217,7 @@ def check_workdir(config: TrainConfig, workdir: Path, *, resume: bool) -> None:
                 "--workdir"
             )
         return
-    before, now = _flat(to_dict(read_config(workdir))), _flat(to_dict(config))
+    before, now = (flatten_dict(to_dict(c), sep=".") for c in (read_config(workdir), config))
     changed = [name for name in now if now[name] != before[name] and name not in RESUMABLE]
     if changed:
         name = changed[0]
@@ -448,13 +449,3 @@ def _write_sheet(run: Run, workdir: Path) -> None:
         [records[i].name for i in chosen],
         [dices[i] for i in chosen],
     )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
