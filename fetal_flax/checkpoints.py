@@ -11,7 +11,8 @@ Saving is atomic: Orbax marks a checkpoint as complete last, and ignores one tha
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from fetal_flax.models.functional import Variables
 
 FORMAT = 1
 FOLDER = "checkpoints"
+Kind = Literal["network", "encoder"]
 _policies = checkpoint_managers.preservation_policy
 
 
@@ -33,7 +35,7 @@ _policies = checkpoint_managers.preservation_policy
 class Description:
     """What a checkpoint holds, readable without loading it."""
 
-    kind: Literal["network", "encoder"]
+    kind: Kind
     """A whole network, or a MobileNetV2 encoder alone."""
     model: ModelConfig
     """The network; of an encoder, one that it fits."""
@@ -43,6 +45,11 @@ class Description:
     """The training run's config, where there was one."""
     progress: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Epoch, history and schedule state of the run, or the source of a conversion."""
+
+    @property
+    def title(self) -> str:
+        """What the checkpoint holds, in a few words."""
+        return "a MobileNetV2 encoder" if self.kind == "encoder" else f"a {self.model.title}"
 
 
 class TrainingCheckpoints:
@@ -117,37 +124,54 @@ class TrainingCheckpoints:
 
 
 def save(directory: Path, variables: Variables, description: Description) -> None:
-    """Saves variables that no training goes on from, such as converted ones.
+    """Saves variables that no training goes on from, such as converted ones; all or nothing.
 
     Raises:
-        InputError: The directory already holds a checkpoint.
+        InputError: The directory already holds a checkpoint, or can't be written.
     """
-    if (directory / FOLDER).exists():
+    folder = directory / FOLDER
+    if folder.exists():
         raise InputError(f"{directory} already holds a checkpoint: choose another --output")
-    with ocp.CheckpointManager((directory / FOLDER).resolve()) as manager:
-        manager.save(
-            0,
-            args=ocp.args.Composite(
-                variables=ocp.args.StandardSave(variables._asdict()),
-                description=ocp.args.JsonSave(_to_json(description)),
-            ),
-        )
+    made_directory = not directory.exists()
+    try:
+        with ocp.CheckpointManager(folder.resolve()) as manager:
+            manager.save(
+                0,
+                args=ocp.args.Composite(
+                    variables=ocp.args.StandardSave(variables._asdict()),
+                    description=ocp.args.JsonSave(_to_json(description)),
+                ),
+            )
+    except BaseException as error:
+        # A retry must not find half a checkpoint.
+        shutil.rmtree(directory if made_directory else folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise InputError(
+                f"can't write {directory} ({error.strerror or error}): choose an --output that "
+                "can be written"
+            ) from error
+        raise
 
 
-def load(directory: Path) -> tuple[Variables, Description]:
-    """Loads a whole network: a run's best checkpoint, or a converted one.
+def load(directory: Path, *, kinds: Sequence[Kind] = ("network",)) -> tuple[Variables, Description]:
+    """Loads a run's best checkpoint, or a converted one.
+
+    Args:
+        directory: Holds the checkpoint.
+        kinds: What it may be.
 
     Raises:
-        InputError: There is no checkpoint, it can't be read, or it holds an encoder alone.
+        InputError: There is no checkpoint, it can't be read, or it holds an encoder where a
+            network is wanted.
     """
     with _reader(directory) as manager:
         epoch, description = _describe(manager, directory)
-        if description.kind != "network":
+        if description.kind not in kinds:
             raise InputError(
                 f"{directory} holds an encoder alone: train a network on it with "
                 f"--encoder.weights {directory}"
             )
-        return _load(manager, epoch, functional.shapes(description.model)), description
+        return _load(manager, epoch, _shapes(description)), description
 
 
 def load_encoder(directory: Path, expected: Variables) -> Variables:
@@ -162,10 +186,7 @@ def load_encoder(directory: Path, expected: Variables) -> Variables:
     """
     with _reader(directory) as manager:
         epoch, description = _describe(manager, directory)
-        shapes = functional.shapes(description.model)
-        if description.kind == "encoder":
-            shapes = functional.encoder_part(shapes)
-        loaded = functional.encoder_part(_load(manager, epoch, shapes))
+        loaded = functional.encoder_part(_load(manager, epoch, _shapes(description)))
     for ours, theirs in zip(expected, loaded, strict=True):
         differing = [n for n in ours if n not in theirs or ours[n].shape != theirs[n].shape]
         if differing:
@@ -219,6 +240,11 @@ def _describe(manager: ocp.CheckpointManager, directory: Path) -> tuple[int, Des
         raise InputError(f"{directory} holds no complete checkpoint: train or convert again")
     args = ocp.args.Composite(description=ocp.args.JsonRestore())
     return epoch, _from_json(manager.restore(epoch, args=args)["description"], str(directory))
+
+
+def _shapes(description: Description) -> Variables:
+    shapes = functional.shapes(description.model)
+    return functional.encoder_part(shapes) if description.kind == "encoder" else shapes
 
 
 def _load(manager: ocp.CheckpointManager, epoch: int, shapes: Variables) -> Variables:

@@ -16,6 +16,7 @@ import tyro
 
 from fetal_flax.config import DataConfig, TrainConfig
 from fetal_flax.errors import InputError
+from fetal_flax.parity.settings import ParitySettings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -48,21 +49,29 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Turn a PyTorch checkpoint into a self-describing one, without PyTorch."""
+    """Turn a PyTorch checkpoint into a self-describing one, or back, without PyTorch."""
 
     source: Path
-    """torchvision's MobileNetV2, .pth or .safetensors."""
+    """A .pth or .safetensors file with torchvision's MobileNetV2 or a published network; with
+    --to-torch, a training workdir or a converted directory."""
     output: Path
-    """Directory to make."""
-    channels: Literal[1, 3] = 1
-    """Image channels; 1 takes the mean of the RGB stem."""
+    """Directory to make; with --to-torch, a .pth or .safetensors file."""
+    to_torch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The way back: write a PyTorch state dict with the published names."""
+    channels: Literal[1, 3] | None = None
+    """Image channels of a MobileNetV2; 1 takes the mean of its RGB stem, and is the default."""
 
     def run(self) -> int:
         """Converts."""
-        from fetal_flax.conversion.convert import convert
+        from fetal_flax.conversion import convert
 
-        convert(self.source, self.output, channels=self.channels)
-        print(f"converted {self.source} to {self.output}")
+        if self.to_torch and self.channels:
+            raise InputError("--channels is for reading torchvision's file, not for --to-torch")
+        if self.to_torch:
+            description = convert.to_torch_file(self.source, self.output)
+        else:
+            description = convert.from_torch_file(self.source, self.output, channels=self.channels)
+        print(f"converted {self.source}, {description.title}, to {self.output}")
         return 0
 
 
@@ -135,6 +144,45 @@ class Predict:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parity:
+    """Measure how well the Flax network agrees with PyTorch's; needs the extra `parity`."""
+
+    settings: Annotated[ParitySettings, tyro.conf.arg(name="")]
+    reference: Path
+    """PyTorch file, .pth or .safetensors, with a published network or torchvision's MobileNetV2."""
+    checkpoint: Path | None = None
+    """Converted directory to compare; without it, the reference is converted anew."""
+    data_dir: Path | None = None
+    """HC18 folder whose images to take; without it, phantoms."""
+    cache_dir: str = DataConfig.cache_dir
+    """Where the prepared images are kept."""
+    output: Path = Path("parity")
+    """Folder for parity.md and parity.json."""
+
+    def run(self) -> int:
+        """Compares, and prints the report; 1 if something is beyond its limit."""
+        try:
+            from fetal_flax.parity import report, run
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"parity needs {error.name}: install it with pip install 'fetal_flax[parity]'"
+            ) from None
+        result = run.run(
+            self.reference,
+            self.output,
+            self.settings,
+            checkpoint=self.checkpoint,
+            data_dir=self.data_dir,
+            cache_dir=self.cache_dir,
+        )
+        print(report.markdown(result))
+        print(f"parity.md and parity.json are in {self.output}")
+        for problem in result.failures:
+            print(f"fetal-flax parity: {problem}", file=sys.stderr)
+        return 1 if result.failures else 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Summarize:
     """Print parameters and multiply-accumulates of every network, by part."""
 
@@ -156,6 +204,7 @@ COMMANDS: dict[str, Any] = {
     "convert": Convert,
     "evaluate": Evaluate,
     "predict": Predict,
+    "parity": Parity,
     "summary": Summarize,
     "data prepare": PrepareData,
 }

@@ -53,6 +53,12 @@ class ModelConfig:
         _require(0 <= self.dropout < 1, "model.dropout", "in [0, 1)", self.dropout)
         _require(self.base_width >= 1, "model.base_width", "positive", self.base_width)
 
+    @property
+    def title(self) -> str:
+        """The network as tables and messages name it."""
+        variant = f" ({self.variant})" if self.name == "mobilenet_aspp_se_unet" else ""
+        return self.name + variant
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:

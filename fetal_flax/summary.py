@@ -70,11 +70,10 @@ def _table(summary: Summary) -> rich.table.Table:
 
 def _title(summary: Summary) -> str:
     config = summary.config
-    variant = f" ({config.variant})" if config.name == "mobilenet_aspp_se_unet" else ""
     height, width = summary.image_size
     encoder = [part for part in summary.parts if part.name == "encoder"]
     state = ", encoder " + ("frozen" if encoder[0].frozen else "trainable") if encoder else ""
-    return f"{config.name}{variant}, {height}×{width}×{config.in_channels}{state}"
+    return f"{config.title}, {height}×{width}×{config.in_channels}{state}"
 
 
 def _row(part: Part) -> tuple[str, ...]:

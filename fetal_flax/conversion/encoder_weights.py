@@ -4,9 +4,7 @@ from pathlib import Path
 
 from fetal_flax import checkpoints
 from fetal_flax.config import ModelConfig
-from fetal_flax.conversion.tables import MOBILENET_V2
-from fetal_flax.conversion.torch_file import read_state_dict
-from fetal_flax.conversion.transfer import transfer
+from fetal_flax.conversion.networks import read_network
 from fetal_flax.download import fetch
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
@@ -52,9 +50,16 @@ def load_encoder(weights: str, model: ModelConfig, cache_dir: Path) -> Variables
 
 
 def read_encoder(path: Path, model: ModelConfig) -> Variables:
-    """Reads a torchvision MobileNetV2 file into the encoder of `model`."""
-    expected = functional.encoder_part(functional.shapes(model))
-    return transfer(read_state_dict(path), MOBILENET_V2, expected, source=str(path))
+    """Reads the encoder of a PyTorch file, torchvision's or a whole network's, for `model`.
+
+    Raises:
+        InputError: The file can't be read, or holds no encoder that fits.
+    """
+    network = read_network(path, channels=model.in_channels)
+    encoder = functional.encoder_part(network.variables)
+    if not encoder.params:
+        raise InputError(f"{path} holds a {network.model.name}, which has no MobileNetV2 encoder")
+    return encoder
 
 
 def torchvision_file(weights: str, cache_dir: Path) -> Path:

@@ -69,6 +69,7 @@ _DAMAGE = (
 
 _AXES = 64  # of numpy
 _WRAPPERS = ("model_state_dict", "state_dict", "model")
+_PREFIX = "module."
 
 
 class CheckpointError(InputError):
@@ -112,12 +113,26 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return _reading(path, _read_named_tensors)
 
 
+def unwrap(saved: Any) -> Any:
+    """Returns the state dict within a saved object, without `DataParallel`'s prefix.
+
+    Anything else comes back as it is.
+    """
+    if not isinstance(saved, dict):
+        return saved
+    state = next((saved[key] for key in _WRAPPERS if isinstance(saved.get(key), dict)), saved)
+    if all(isinstance(name, str) and name.startswith(_PREFIX) for name in state):
+        return {name.removeprefix(_PREFIX): value for name, value in state.items()}
+    return dict(state)
+
+
 def _reading(path: str | os.PathLike[str], read: Callable[[Path], Any]) -> Any:
     """Runs `read(path)`; whatever damaged bytes raise becomes one sentence that names the file."""
     path = Path(path)
     try:
         if not path.is_file():
-            raise CheckpointError("there is no such file; give the path of a checkpoint file")
+            what = "is a directory" if path.is_dir() else "there is no such file"
+            raise CheckpointError(f"{what}; give the path of a checkpoint file")
         return read(path)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -137,9 +152,7 @@ def _read_named_tensors(path: Path) -> dict[str, np.ndarray]:
     else:
         state = _read_torch(path)
 
-    if isinstance(state, dict):
-        wrapped = (state[key] for key in _WRAPPERS if isinstance(state.get(key), dict))
-        state = next(wrapped, state)
+    state = unwrap(state)
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"holds no named tensors; {_SAVE_AGAIN}")
     others = [name for name, value in state.items() if not isinstance(value, np.ndarray)]
@@ -148,9 +161,7 @@ def _read_named_tensors(path: Path) -> dict[str, np.ndarray]:
     unnamed = [name for name in state if not isinstance(name, str)]
     if unnamed:
         raise CheckpointError(f"{_names(unnamed)} must be strings to name tensors; {_SAVE_AGAIN}")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return dict(state)
+    return state
 
 
 def _names(names: list[Any]) -> str:

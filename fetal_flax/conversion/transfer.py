@@ -1,80 +1,103 @@
-"""Strict transfer of a PyTorch state dict into a network's variables."""
+"""Strict transfer between PyTorch state dicts and a network's variables, in both directions."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
-from fetal_flax.conversion.tables import IGNORED, Rule, Tensors
+from fetal_flax.conversion.tables import IGNORED, Table, Tensors, find, find_inverse
 from fetal_flax.errors import InputError
-from fetal_flax.models.functional import STEM, Variables
+from fetal_flax.models.functional import Variables
 
 
-def transfer(
+def from_torch(
     tensors: Mapping[str, np.ndarray],
-    table: Sequence[Rule],
+    table: Table,
     expected: Variables,
     *,
     source: str,
+    network: str,
 ) -> Variables:
     """Returns the variables that a state dict holds, as float32 arrays in our names and layout.
 
     Args:
         tensors: PyTorch names and arrays.
         table: Which name goes where.
-        expected: Shapes of the variables to fill, all of them. Where the network takes grey
-            images, a stem for RGB becomes the mean of its three input channels.
+        expected: Shapes of the variables to fill, all of them.
         source: How errors name the file.
+        network: How errors name what it should hold.
 
     Raises:
-        InputError: Names are missing or surplus, shapes differ, or values are not finite
-            floats; all of it is listed at once.
+        InputError: Names are missing or surplus, shapes differ, or values are not finite floats;
+            all of it is listed at once, in PyTorch's names.
     """
-    found, problems = _rename(tensors, table)
     shapes = {name: array.shape for arrays in expected for name, array in arrays.items()}
-    if STEM in found and STEM in shapes and shapes[STEM][2] == 1:
-        found[STEM] = grey_stem(found[STEM])
-    problems += [f"surplus {name}" for name in sorted(found.keys() - shapes.keys())]
-    problems += [f"missing {name}" for name in sorted(shapes.keys() - found.keys())]
-    for name in sorted(found.keys() & shapes.keys()):
-        array = found[name]
-        if array.shape != shapes[name]:
-            problems.append(f"{name} has shape {array.shape}, not {shapes[name]}")
-        elif array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-            problems.append(f"{name} holds {array.dtype}, not floats")
-        elif not np.isfinite(array.astype(np.float32)).all():
-            problems.append(f"{name} holds values that are not finite")
+    found, surplus, wrong = {}, [], []
+    for torch_name, tensor in tensors.items():
+        if IGNORED.fullmatch(torch_name):
+            continue
+        target = find(torch_name, table)
+        if target is None or target[0] not in shapes:
+            surplus.append(f"surplus {printable(torch_name)} with shape {tensor.shape}")
+            continue
+        name, layout = target
+        if name in found:
+            surplus.append(f"{torch_name} is a second {name}")
+            continue
+        found[name] = array = layout.to_ours(tensor)
+        if array is None or array.shape != shapes[name]:
+            right = layout.to_torch(np.broadcast_to(0, shapes[name])).shape
+            wrong.append(f"{torch_name} has shape {tensor.shape}, not {right}")
+        elif not is_float(array):
+            wrong.append(f"{torch_name} holds {array.dtype}, not floats")
+        elif not np.isfinite(as_float32(array)).all():
+            wrong.append(f"{torch_name} holds values that are not finite in float32")
+    missing = [_torch_name(name, table) for name in shapes if name not in found]
+    problems = [f"missing {name}" for name in sorted(missing)] + sorted(surplus) + sorted(wrong)
     if problems:
         raise InputError(
-            f"{source} doesn't fit the network: {'; '.join(problems)}: "
-            "give a state dict of torchvision's mobilenet_v2"
+            f"{source} doesn't fit {network}: {'; '.join(problems)}: give a state dict of exactly "
+            "this network"
         )
-    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in found.items()}
     return Variables(
-        params={name: arrays[name] for name in expected.params},
-        batch_stats={name: arrays[name] for name in expected.batch_stats},
+        *({n: jnp.asarray(as_float32(found[n])) for n in arrays} for arrays in expected)
     )
 
 
-def grey_stem(kernel: np.ndarray) -> np.ndarray:
-    """Returns the mean of a stem's kernel, HWIO, over its input channels (description, 1.2).
+def to_torch(variables: Variables, table: Table) -> Tensors:
+    """Returns variables under PyTorch's names and in its layout; exact inverse of `from_torch`.
 
-    The mean, not the sum: an image in [0, 1] then meets the same range as one grey RGB channel.
+    Batch norms' `num_batches_tracked`, which nothing reads, is not there: PyTorch's
+    `load_state_dict` fills it in by itself.
     """
-    return kernel.mean(2, keepdims=True)
+    tensors = {}
+    for arrays in variables:
+        for name, array in arrays.items():
+            target = find_inverse(name, table)
+            assert target is not None, name
+            torch_name, layout = target
+            tensors[torch_name] = np.ascontiguousarray(layout.to_torch(np.asarray(array)))
+    return tensors
 
 
-def _rename(tensors: Mapping[str, np.ndarray], table: Sequence[Rule]) -> tuple[Tensors, list[str]]:
-    found, problems = {}, []
-    for name, array in tensors.items():
-        if IGNORED.fullmatch(name):
-            continue
-        for rule in table:
-            match = re.fullmatch(rule.pattern, name)
-            if match and array.ndim == len(rule.axes):
-                found[match.expand(rule.target)] = array.transpose(rule.axes)
-                break
-        else:
-            problems.append(f"surplus {name} with shape {array.shape}")
-    return found, problems
+def printable(name: str) -> str:
+    """Returns a name from a file on one line, without control characters and not endless."""
+    text = name if name.isprintable() else repr(name)
+    return text if len(text) <= 100 else text[:100] + "…"
+
+
+def is_float(array: np.ndarray) -> bool:
+    """Returns whether an array holds floats, bfloat16 among them."""
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+
+
+def as_float32(array: np.ndarray) -> np.ndarray:
+    """Returns an array as float32; what is too large becomes infinite."""
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)
+
+
+def _torch_name(name: str, table: Table) -> str:
+    target = find_inverse(name, table)
+    assert target is not None, name
+    return target[0]

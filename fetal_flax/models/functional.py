@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from fetal_flax.config import ModelConfig
 from fetal_flax.models.layers import FeatureMap
-from fetal_flax.models.unet import Logits, create_network
+from fetal_flax.models.unet import Logits, Network, create_network
 
 Arrays = dict[str, Array]
 
@@ -73,15 +73,16 @@ def apply(
     Raises:
         InputError: The images' shape doesn't fit the network.
     """
-    structure, paths = _structure(config)
-    network = nnx.merge(
-        structure,
-        traverse_util.unflatten_dict(
-            {paths[name]: array for arrays in variables for name, array in arrays.items()}
-        ),
-    )
+    network = merge(config, variables)
     logits = network(images, train=train, train_encoder=train_encoder, dropout_key=dropout_key)
     return logits, _flatten(nnx.state(network, nnx.BatchStat))
+
+
+def merge(config: ModelConfig, variables: Variables) -> Network:
+    """Returns the network with these variables, as the module that it is."""
+    structure, paths = _structure(config)
+    arrays = {paths[name]: array for part in variables for name, array in part.items()}
+    return nnx.merge(structure, traverse_util.unflatten_dict(arrays))
 
 
 @functools.lru_cache

@@ -5,6 +5,7 @@ run. There is no `pmap` (legacy in today's JAX): the batch is sharded over a mes
 replicated, and XLA inserts the collectives. Batch norm is global for the same reason.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import jax
@@ -38,6 +39,17 @@ class TrainState(NamedTuple):
     batch_stats: Arrays
     opt_state: optax.OptState
     learning_rates: Arrays
+
+
+class Backward(NamedTuple):
+    """What a training step computes before it changes anything."""
+
+    loss: Array
+    gradients: Arrays
+    """Of the parameters that learn."""
+    batch_stats: Arrays
+    """After the batch."""
+    logits: Array
 
 
 class Steps(NamedTuple):
@@ -81,34 +93,13 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
         `dice` of the batch, and `evaluate(variables, batch)`, which returns the `loss` over the
         valid images and `dice` per image.
     """
-    labels = label_parameters(functional.shapes(config.model).params, freezing_rules(config))
+    labels = _labels(config)
     optimizer = create_optimizer(config.optimizer, labels)
-    train_encoder = config.encoder.trainable or config.encoder.frozen_batch_norm == "batch"
-    dropout_key = jax.random.key(config.seed)
-
-    def loss_of(logits: Array, masks: Array, valid: Array) -> Array:
-        return losses.dice_bce_loss(logits, masks, valid, config=config.loss, pos_weight=pos_weight)
+    backward = create_backward(config, pos_weight)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        frozen = {name: a for name, a in state.params.items() if labels[name] == FROZEN}
-        learning = {name: a for name, a in state.params.items() if labels[name] != FROZEN}
-        images, masks, valid = _to_float(batch, _dtype(state.params))
-
-        def loss_function(learning: Arrays) -> tuple[Array, tuple[Array, Arrays]]:
-            logits, batch_stats = functional.apply(
-                config.model,
-                Variables(learning | frozen, state.batch_stats),
-                images,
-                train=True,
-                train_encoder=train_encoder,
-                dropout_key=jax.random.fold_in(dropout_key, state.step),
-            )
-            return loss_of(logits, masks, valid), (logits, batch_stats)
-
-        # Differentiating by what learns alone leaves no gradient through a frozen encoder.
-        (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_function, has_aux=True)(
-            learning
-        )
+        loss, gradients, batch_stats, logits = backward(state, batch)
+        frozen = {name: a for name, a in state.params.items() if name not in gradients}
         # optax raises float decays to integer counts; our own arithmetic stays strict.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(
@@ -119,22 +110,64 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
             )
         # Frozen arrays pass by untouched: adding a zero update would turn -0.0 into 0.0.
         updates = cast(Arrays, updates)
-        learning = {name: array + updates[name] for name, array in learning.items()}
+        learning = {name: state.params[name] + updates[name] for name in gradients}
         next_state = TrainState(
             state.step + 1, learning | frozen, batch_stats, opt_state, state.learning_rates
         )
-        return next_state, {"loss": loss, "dice": losses.hard_dice(logits, masks).mean()}
+        dice = losses.hard_dice(logits, jnp.asarray(batch.mask, logits.dtype))
+        return next_state, {"loss": loss, "dice": dice.mean()}
 
     def evaluate(variables: Variables, batch: Batch) -> Metrics:
         images, masks, valid = _to_float(batch, _dtype(variables.params))
         logits, _ = functional.apply(config.model, variables, images)
-        return {"loss": loss_of(logits, masks, valid), "dice": losses.hard_dice(logits, masks)}
+        loss = losses.dice_bce_loss(logits, masks, valid, config=config.loss, pos_weight=pos_weight)
+        return {"loss": loss, "dice": losses.hard_dice(logits, masks)}
 
     whole, split = replicated(mesh), batch_sharding(mesh)
     return Steps(
         jax.jit(train, in_shardings=(whole, split), out_shardings=(whole, whole), donate_argnums=0),
         jax.jit(evaluate, in_shardings=(whole, split), out_shardings=whole),
     )
+
+
+def create_backward(
+    config: TrainConfig, pos_weight: float
+) -> Callable[[TrainState, Batch], Backward]:
+    """Returns a step's forward and backward pass, without the update."""
+    labels = _labels(config)
+    train_encoder = config.encoder.trainable or config.encoder.frozen_batch_norm == "batch"
+    dropout_key = jax.random.key(config.seed)
+
+    def backward(state: TrainState, batch: Batch) -> Backward:
+        frozen = {name: a for name, a in state.params.items() if labels[name] == FROZEN}
+        learning = {name: a for name, a in state.params.items() if labels[name] != FROZEN}
+        images, masks, valid = _to_float(batch, _dtype(state.params))
+
+        def loss_function(learning: Arrays) -> tuple[Array, tuple[Arrays, Array]]:
+            logits, batch_stats = functional.apply(
+                config.model,
+                Variables(learning | frozen, state.batch_stats),
+                images,
+                train=True,
+                train_encoder=train_encoder,
+                dropout_key=jax.random.fold_in(dropout_key, state.step),
+            )
+            loss = losses.dice_bce_loss(
+                logits, masks, valid, config=config.loss, pos_weight=pos_weight
+            )
+            return loss, (batch_stats, logits)
+
+        # Differentiating by what learns alone leaves no gradient through a frozen encoder.
+        (loss, (batch_stats, logits)), gradients = jax.value_and_grad(loss_function, has_aux=True)(
+            learning
+        )
+        return Backward(loss, gradients, batch_stats, logits)
+
+    return backward
+
+
+def _labels(config: TrainConfig) -> dict[str, str]:
+    return label_parameters(functional.shapes(config.model).params, freezing_rules(config))
 
 
 def _to_float(batch: Batch, dtype: jnp.dtype) -> tuple[Array, Array, Array]:

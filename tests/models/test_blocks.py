@@ -17,9 +17,6 @@ from fetal_flax.models.aspp import ASPP
 from fetal_flax.models.blocks import DoubleConv, ResidualSEBlock, SqueezeExcite, max_pool
 from fetal_flax.models.mobilenet_v2 import TAPS, InvertedResidual, MobileNetV2
 
-# Beside XLA's threads on few cores, torch's wait for each other many times as long as they work.
-torch.set_num_threads(1)
-
 QUICK_COMPILATION = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,

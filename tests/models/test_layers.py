@@ -11,9 +11,6 @@ from fetal_flax.errors import InputError
 from fetal_flax.models.aspp import ASPP
 from fetal_flax.models.layers import BatchNorm, Conv, UpConv
 
-# Beside XLA's threads on few cores, torch's wait for each other many times as long as they work.
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def float64() -> Iterator[None]:

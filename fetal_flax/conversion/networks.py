@@ -1,0 +1,130 @@
+"""Which network a PyTorch state dict is of, and its variables."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fetal_flax import checkpoints
+from fetal_flax.config import ModelConfig
+from fetal_flax.conversion.tables import ENCODER, TABLES, find
+from fetal_flax.conversion.torch_file import read_state_dict
+from fetal_flax.conversion.transfer import from_torch, is_float, printable
+from fetal_flax.errors import InputError
+from fetal_flax.models import functional
+from fetal_flax.models.aspp import POOL_GROUPS
+from fetal_flax.models.functional import Variables
+from fetal_flax.models.unet import VARIANTS
+
+STEM = "features.0.0.weight"
+"""First kernel of torchvision's file."""
+_MOST_CHANNELS = 4096  # wider first layers are damage, not a setting
+
+
+class Network(NamedTuple):
+    """What a PyTorch file holds, in our terms."""
+
+    kind: checkpoints.Kind
+    model: ModelConfig
+    """The network; of an encoder, one that it fits."""
+    variables: Variables
+
+
+def read_network(path: Path, *, channels: int | None = None) -> Network:
+    """Reads a whole network or a MobileNetV2 encoder, whichever the file holds.
+
+    Args:
+        path: A file of `torch.save` or a safetensors file.
+        channels: As in `convert_state_dict`.
+
+    Raises:
+        InputError: The file can't be read, or what `convert_state_dict` raises.
+    """
+    return convert_state_dict(read_state_dict(path), source=str(path), channels=channels)
+
+
+def convert_state_dict(
+    tensors: Mapping[str, np.ndarray], *, source: str, channels: int | None = None
+) -> Network:
+    """Recognises a state dict and returns what it holds in our names and layout.
+
+    Known are torchvision's MobileNetV2 and the published networks, whose layout is also what
+    `convert --to-torch` writes. Variant and widths are read off the tensors.
+
+    Args:
+        tensors: PyTorch names and arrays.
+        source: How errors name the file.
+        channels: Image channels wanted. An encoder for RGB becomes one for grey images if this is
+            1 or None; a whole network must have just these.
+
+    Raises:
+        InputError: It is none of these networks, whole and finite.
+    """
+    layout = _recognise(tensors, source)
+    if layout == ENCODER:
+        model = ModelConfig(in_channels=3 if channels == 3 else 1)
+        expected = functional.encoder_part(functional.shapes(model))
+        stem = tensors.get(STEM)
+        # A strange stem stays as it is, and is listed with all the others.
+        if model.in_channels == 1 and stem is not None and stem.shape[1:] == (3, 3, 3):
+            tensors = {**tensors, STEM: grey_stem(stem) if is_float(stem) else stem}
+    else:
+        model = _settings(layout, tensors)
+        expected = functional.shapes(model)
+        if channels not in (None, model.in_channels):
+            raise InputError(
+                f"{source} holds a network for images with {model.in_channels} channels, not "
+                f"{channels}: only torchvision's encoder can change, so leave channels as they are"
+            )
+    title = "torchvision's mobilenet_v2" if layout == ENCODER else model.title
+    variables = from_torch(tensors, TABLES[layout], expected, source=source, network=title)
+    return Network("encoder" if layout == ENCODER else "network", model, variables)
+
+
+def grey_stem(kernel: np.ndarray) -> np.ndarray:
+    """Returns the mean of a stem's kernel, OIHW, over its input channels (description, 1.2).
+
+    The mean, not the sum: an image in [0, 1] then meets the same range as one grey RGB channel.
+    """
+    return kernel.mean(1, keepdims=True)
+
+
+def _recognise(tensors: Mapping[str, np.ndarray], source: str) -> str:
+    """Returns the layout that knows most of the names."""
+    known = {
+        layout: sum(find(name, table) is not None for name in tensors)
+        for layout, table in TABLES.items()
+    }
+    layout = max(known, key=known.__getitem__)
+    if not known[layout]:
+        names = ", ".join(map(printable, sorted(tensors)[:3]))
+        raise InputError(
+            f"{source} is of no known network (it holds {names}, …): give a state dict of "
+            "torchvision's mobilenet_v2 or of a published mobilenet_aspp_se_unet, mobilenet_unet "
+            "or unet"
+        )
+    return layout
+
+
+def _settings(layout: str, tensors: Mapping[str, np.ndarray]) -> ModelConfig:
+    """Reads a network's settings off its tensors.
+
+    A tensor that is missing or strange leaves the default, and is listed with all the others.
+    """
+
+    def size(name: str, axis: int) -> int:
+        shape = tensors[name].shape if name in tensors else ()
+        return shape[axis] if len(shape) == 4 and shape[axis] <= _MOST_CHANNELS else 0
+
+    channels = size("inc.double_conv.0.weight" if layout == "unet" else "init_conv.0.weight", 1)
+    settings: dict[str, Any] = {"name": layout, "in_channels": channels if channels == 3 else 1}
+    if layout == "unet":
+        settings["base_width"] = size("inc.double_conv.0.weight", 0) or ModelConfig.base_width
+    if layout == "mobilenet_aspp_se_unet":
+        biased = any(".excitation." in name and name.endswith(".bias") for name in tensors)
+        settings["variant"] = variant = "published" if biased else "described"
+        width = size("bottleneck_aspp.conv1x1.0.weight", 0)
+        if width % POOL_GROUPS == 0 and width not in (0, VARIANTS[variant].aspp_width):
+            settings["aspp_width"] = width
+    return ModelConfig(**settings)
