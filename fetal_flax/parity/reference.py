@@ -270,10 +270,12 @@ def randomise_norms(network: nn.Module, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     norms = [part for part in network.modules() if isinstance(part, nn.BatchNorm2d)]
-    for part in network.modules():
+    for name, part in network.named_modules():
         if isinstance(part, (nn.BatchNorm2d, nn.GroupNorm)):
-            nn.init.uniform_(part.weight, 0.5, 1.5, generator)
-            nn.init.uniform_(part.bias, -0.5, 0.5, generator)
+            # Large enough in the encoder that ReLU6 cuts something off.
+            scale, shift = (2.5, 0.5) if name.startswith(("encoder", "features")) else (1.5, 0.3)
+            nn.init.uniform_(part.weight, 0.5, scale, generator)
+            nn.init.uniform_(part.bias, -shift, shift, generator)
     channels = next(network.parameters()).shape[1]
     images = F.interpolate(torch.rand(4, channels, 16, 16, generator=generator), size=(128, 128))
     for norm in norms:

@@ -235,7 +235,7 @@ def test_equal_tensors_make_equal_files(small_directory, tmp_path, monkeypatch, 
 
 def test_names_are_inverse_and_every_rule_is_used():
     unused = {}
-    networks = {ENCODER: Encoder(3)}
+    networks: dict[str, torch.nn.Module] = {ENCODER: Encoder(3)}
     for name in ("mobilenet_unet", "unet", "mobilenet_aspp_se_unet"):
         with torch.device("meta"):  # only names
             networks[name] = create_reference(ModelConfig(name=name, variant="published"))

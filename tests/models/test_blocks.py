@@ -1,6 +1,7 @@
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,25 @@ from torch import nn
 
 from fetal_flax.config import ModelConfig
 from fetal_flax.conversion.encoder_weights import read_encoder
+from fetal_flax.conversion.tables import IGNORED, TABLES, find
 from fetal_flax.models.aspp import ASPP
 from fetal_flax.models.blocks import DoubleConv, ResidualSEBlock, SqueezeExcite, max_pool
 from fetal_flax.models.mobilenet_v2 import TAPS, InvertedResidual, MobileNetV2
+from fetal_flax.parity import reference
 
+
+class Place(NamedTuple):
+    """Where a block stands in a network, in our names and PyTorch's."""
+
+    layout: str
+    ours: str
+    torch: str
+
+
+SKIP_SE = Place("mobilenet_aspp_se_unet", "stage5/skip_se", "skip5_se")
+SE_BLOCK = Place("mobilenet_aspp_se_unet", "stage5/block", "dec5")
+BOTTLENECK = Place("mobilenet_aspp_se_unet", "aspp", "bottleneck_aspp")
+DOUBLE_CONV = Place("unet", "down1", "inc.double_conv")
 QUICK_COMPILATION = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -27,73 +43,6 @@ QUICK_COMPILATION = {
 def float64() -> Iterator[None]:
     with jax.enable_x64(True):
         yield
-
-
-# The published blocks, as short as they can be; names do not matter here.
-
-
-class TorchSE(nn.Module):
-    def __init__(self, channels: int, bias: bool):
-        super().__init__()
-        hidden = max(channels // 16, 1)
-        self.squeeze = nn.Linear(channels, hidden, bias=bias)
-        self.excite = nn.Linear(hidden, channels, bias=bias)
-
-    def forward(self, x):
-        weights = torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3))))))
-        return x * weights[:, :, None, None]
-
-
-class TorchResidualSE(nn.Module):
-    def __init__(self, inputs: int, outputs: int, published: bool):
-        super().__init__()
-        self.first = torch_conv_norm(inputs, outputs, 3)
-        self.second = torch_conv_norm(outputs, outputs, 3)
-        self.se = TorchSE(outputs, bias=published)
-        same = inputs == outputs
-        self.shortcut = nn.Identity() if same else torch_conv_norm(inputs, outputs, 1)
-        self.published = published
-
-    def forward(self, x):
-        y = self.second(torch.relu(self.first(x)))
-        if self.published:
-            return torch.relu(self.se(y) + self.shortcut(x))
-        return self.se(torch.relu(y)) + self.shortcut(x)
-
-
-class TorchDoubleConv(nn.Module):
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.first = torch_conv_norm(inputs, outputs, 3)
-        self.second = torch_conv_norm(outputs, outputs, 3)
-
-    def forward(self, x):
-        return torch.relu(self.second(torch.relu(self.first(x))))
-
-
-class TorchASPP(nn.Module):
-    def __init__(self, inputs: int, width: int, outputs: int):
-        super().__init__()
-        rates = (6, 12, 18)
-        self.point = torch_conv_norm(inputs, width, 1)
-        self.atrous = nn.ModuleList([torch_conv_norm(inputs, width, 3, r) for r in rates])
-        self.pool_conv = nn.Conv2d(inputs, width, 1, bias=False)
-        self.pool_norm = nn.GroupNorm(32, width)
-        self.project = torch_conv_norm(5 * width, outputs, 1)
-
-    def forward(self, x):
-        pooled = self.pool_norm(self.pool_conv(nn.functional.adaptive_avg_pool2d(x, 1)))
-        pooled = nn.functional.interpolate(
-            pooled, x.shape[2:], mode="bilinear", align_corners=False
-        )
-        branches = [self.point(x), *(branch(x) for branch in self.atrous), pooled]
-        return torch.relu(self.project(torch.relu(torch.cat(branches, 1))))
-
-
-def torch_conv_norm(inputs: int, outputs: int, size: int, dilation: int = 1) -> nn.Sequential:
-    padding = dilation * (size // 2)
-    conv = nn.Conv2d(inputs, outputs, size, padding=padding, dilation=dilation, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -111,30 +60,20 @@ def randomised(module: nn.Module) -> nn.Module:
     return module
 
 
-def arrays_of(part: nn.Module) -> dict[str, torch.Tensor]:
-    """A torch layer's arrays in our names and layout."""
-    fields = dict(part.named_parameters(recurse=False)) | dict(part.named_buffers(recurse=False))
-    fields.pop("num_batches_tracked", None)
-    if isinstance(part, nn.Conv2d):
-        fields["weight"] = fields["weight"].permute(2, 3, 1, 0)
-    if isinstance(part, nn.Linear):
-        fields["weight"] = fields["weight"].T
-    is_norm = isinstance(part, (nn.BatchNorm2d, nn.GroupNorm))
-    names = {"weight": "scale" if is_norm else "kernel", "running_mean": "mean"}
-    names["running_var"] = "var"
-    return {names.get(name, name): tensor for name, tensor in fields.items()}
-
-
-def load(ours: nnx.Module, theirs: nn.Module) -> nnx.State:
-    """Returns our block's state with the arrays of a torch block whose parts have our names."""
+def load(ours: nnx.Module, theirs: nn.Module, place: Place) -> nnx.State:
+    """Returns our block's state with the arrays of PyTorch's, converted as if they stood in a
+    network."""
     arrays = {}
-    for path, part in theirs.named_modules():
-        *above, last = path.split(".")
-        if above and isinstance(theirs.get_submodule(".".join(above)), nn.Sequential):
-            last = {"0": "conv", "1": "norm"}[last]
-        for name, tensor in arrays_of(part).items():
-            place = tuple(int(p) if p.isdigit() else p for p in (*above, last, name) if p)
-            arrays[place] = jnp.asarray(tensor.detach().numpy())
+    for torch_name, tensor in theirs.state_dict().items():
+        if IGNORED.fullmatch(torch_name):
+            continue
+        target = find(f"{place.torch}.{torch_name}", TABLES[place.layout])
+        assert target is not None, torch_name
+        name, layout = target
+        array = layout.to_ours(tensor.numpy())
+        assert array is not None, torch_name
+        path = name.removeprefix(f"{place.ours}/").split("/")
+        arrays[tuple(int(p) if p.isdigit() else p for p in path)] = jnp.asarray(np.array(array))
     state = nnx.state(ours)
     shapes = {path: variable[...].shape for path, variable in nnx.to_flat_state(state)}
     assert shapes == {path: array.shape for path, array in arrays.items()}
@@ -170,26 +109,27 @@ def assert_near(result, reference: torch.Tensor, tolerance: float = 1e-12) -> No
     assert difference <= tolerance * np.linalg.norm(reference_array)
 
 
-def assert_same_block(ours: nnx.Module, theirs: nn.Module, x: np.ndarray) -> None:
+def assert_same_block(ours: nnx.Module, theirs: nn.Module, place: Place, x: np.ndarray) -> None:
     """Compares outputs in evaluation and training, and the statistics after training."""
     randomised(theirs)
-    state = load(ours, theirs)
+    state = load(ours, theirs, place)
     for train in (False, True):
         y, after = run(ours, state, x, train=train)
         assert_near(y, theirs.train(train)(torch_map(x)))
-    compared = load(ours, theirs)
-    for (path, result), (_, reference) in zip(
+    compared = load(ours, theirs, place)
+    for (path, result), (_, expected) in zip(
         nnx.to_flat_state(after), nnx.to_flat_state(compared), strict=True
     ):
-        np.testing.assert_allclose(result[...], reference[...], rtol=1e-11, err_msg=str(path))
+        np.testing.assert_allclose(result[...], expected[...], rtol=1e-11, err_msg=str(path))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("channels", [5, 48])
 def test_squeeze_excite_is_torchs(channels, bias):
-    ours, theirs = SqueezeExcite(channels, bias=bias, rngs=nnx.Rngs(0)), TorchSE(channels, bias)
+    ours = SqueezeExcite(channels, bias=bias, rngs=nnx.Rngs(0))
+    theirs = randomised(reference.SqueezeExcite(channels, bias))
     x = random_map(2, 4, 6, channels)
-    y, _ = run(ours, load(ours, randomised(theirs)), x)
+    y, _ = run(ours, load(ours, theirs, SKIP_SE), x)
     assert_near(y, theirs(torch_map(x)))
 
 
@@ -199,25 +139,25 @@ def test_residual_se_block_is_torchs(inputs, published):
     ours = ResidualSEBlock(
         inputs, 32, relu_after_sum=published, se_bias=published, rngs=nnx.Rngs(0)
     )
-    theirs = TorchResidualSE(inputs, 32, published)
-    assert_same_block(ours, theirs, random_map(2, 6, 4, inputs))
+    theirs = reference.ResidualSEBlock(inputs, 32, published)
+    assert_same_block(ours, theirs, SE_BLOCK, random_map(2, 6, 4, inputs))
 
 
 def test_double_conv_is_torchs():
     ours = DoubleConv(3, 5, rngs=nnx.Rngs(0))
-    assert_same_block(ours, TorchDoubleConv(3, 5), random_map(2, 6, 4, 3))
+    assert_same_block(ours, reference.double_conv(3, 5), DOUBLE_CONV, random_map(2, 6, 4, 3))
 
 
 @pytest.mark.parametrize("sides", [(8, 8), (20, 13)])
 def test_aspp_without_dropout_is_torchs(sides):
     ours = ASPP(6, 64, 8, dropout=0, rngs=nnx.Rngs(0))
-    assert_same_block(ours, TorchASPP(6, 64, 8), random_map(2, *sides, 6))
+    assert_same_block(ours, reference.ASPP(6, 64, 8, 0.0), BOTTLENECK, random_map(2, *sides, 6))
 
 
 def test_aspp_drops_out_after_the_projection_in_training_only():
     ours = ASPP(6, 32, 64, dropout=0.5, rngs=nnx.Rngs(0))
-    theirs = randomised(TorchASPP(6, 32, 64))
-    state, x = load(ours, theirs), random_map(4, 8, 8, 6)
+    theirs = randomised(reference.ASPP(6, 32, 64, 0.0))
+    state, x = load(ours, theirs, BOTTLENECK), random_map(4, 8, 8, 6)
     assert_near(run(ours, state, x, train=False)[0], theirs.eval()(torch_map(x)))
     y, _ = run(ours, state, x, train=True, dropout_key=jax.random.key(0))
     kept = theirs.train()(torch_map(x)).detach().numpy().transpose(0, 2, 3, 1)
@@ -291,8 +231,8 @@ def test_mobilenet_taps_are_torchvisions(encoder):
     ours, state, features = encoder
     x = np.random.default_rng(1).uniform(size=(2, 64, 64, 3))
     taps, after = run(ours, state, x, train=False)
-    for tap, reference in zip(taps, _taps(features.eval(), x), strict=True):
-        assert_near(tap, reference, 1e-10)
+    for tap, expected in zip(taps, _taps(features.eval(), x), strict=True):
+        assert_near(tap, expected, 1e-10)
     unchanged = jax.tree.map(lambda a, b: (a == b).all(), after, state)
     assert all(jax.tree.leaves(unchanged))
 
@@ -303,8 +243,8 @@ def test_mobilenet_in_training_is_torchvisions_statistics_included(encoder):
     theirs = copy.deepcopy(features).train()
     x = np.random.default_rng(1).uniform(size=(2, 64, 64, 3))
     taps, after = run(ours, state, x, train=True)
-    for tap, reference in zip(taps, _taps(theirs, x), strict=True):
-        assert_near(tap, reference, 1e-10)
+    for tap, expected in zip(taps, _taps(theirs, x), strict=True):
+        assert_near(tap, expected, 1e-10)
     last = after["blocks"][18]["norm"]
     assert_near(last["mean"][...], theirs[18][1].running_mean, 1e-10)
     assert_near(last["var"][...], theirs[18][1].running_var, 1e-10)
