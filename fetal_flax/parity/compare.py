@@ -34,7 +34,7 @@ from fetal_flax.training.sharding import create_mesh
 from fetal_flax.training.step import TrainState, create_backward, create_state, create_steps
 
 # A stage's error is a jump where it is this many times what came in.
-JUMP = 10
+JUMP = 100
 # Relative errors of single elements are taken where the reference is not nearly zero.
 NEAR_ZERO = 1e-3
 # A tensor is measured against its own norm, or this share of its part's if that is more: a gradient
@@ -252,7 +252,7 @@ def compare_stages(pair: Pair, batch: Batch) -> tuple[list[StageError], np.ndarr
 
 
 def find_jump(rows: Sequence[StageError], precision: Precision) -> str | None:
-    """Returns the first stage whose error is tenfold what any stage before it had."""
+    """Returns the first stage whose error is a hundredfold what any stage before it had."""
     largest = float(np.finfo(precision).eps)
     for row in rows:
         if row.error.rms_relative > JUMP * largest:

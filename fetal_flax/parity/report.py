@@ -108,11 +108,15 @@ def markdown(report: Report) -> str:
         + ("; norms redrawn at random" if settings.randomise_norms else ""),
         f"- Images: {len(report.images)} in batches of {settings.batch_size} at {height}×{width}: "
         + ", ".join(report.images),
-        f"- Training: {settings.loss.dice_weight} · Dice loss per {settings.loss.dice_over} + "
-        f"{settings.loss.bce_weight} · BCE (pos_weight {report.pos_weight:.3f}), Adam at "
-        f"{settings.optimizer.learning_rate} with L2 {settings.optimizer.l2}, "
-        + _encoder_sentence(settings)
-        + "; no dropout",
+    ]
+    if any(comparison.gradients for comparison in report.comparisons):
+        lines.append(
+            f"- Training: {settings.loss.dice_weight} · Dice loss per {settings.loss.dice_over} + "
+            f"{settings.loss.bce_weight} · BCE (pos_weight {report.pos_weight:.3f}), Adam at "
+            f"{settings.optimizer.learning_rate} with L2 {settings.optimizer.l2}, "
+            f"{_encoder_sentence(settings)}; no dropout"
+        )
+    lines += [
         "- " + ", ".join(f"{name} {value}" for name, value in report.environment.items()),
         "",
         "RMS relative: norm of the difference over the norm of PyTorch's tensor. Max relative: "
@@ -165,9 +169,9 @@ def _comparison(comparison: Comparison) -> Iterator[str]:
     )
     yield ""
     if comparison.jump:
-        yield f"The error jumps at **{comparison.jump}**: tenfold what any stage before it has."
+        yield f"The error jumps at **{comparison.jump}**, to over a hundredfold."
     else:
-        yield "The error jumps nowhere: no stage has tenfold what those before it have."
+        yield "The error jumps nowhere: no stage has a hundredfold of what those before it have."
     if comparison.logits is None:
         return
     yield ""

@@ -226,7 +226,7 @@ def test_a_gradient_that_cancels_is_measured_against_its_group():
         ((1e-15, 8e-15, 1e-12), "c"),
     ],
 )
-def test_a_jump_is_the_first_tenfold_step(errors, jump):
+def test_a_jump_is_the_first_hundredfold_step(errors, jump):
     rows = [
         StageError(name, "", (1,), Error(0, 0, error))
         for name, error in zip("abc", errors, strict=True)
