@@ -47,6 +47,11 @@ class Description:
     """Epoch, history and schedule state of the run, or the source of a conversion."""
 
     @property
+    def dataset(self) -> str:
+        """The data set whose way of drawing masks the network has learned; HC18 if unknown."""
+        return "hc18" if self.config is None else self.config["data"]["dataset"]
+
+    @property
     def title(self) -> str:
         """What the checkpoint holds, in a few words."""
         return "a MobileNetV2 encoder" if self.kind == "encoder" else f"a {self.model.title}"

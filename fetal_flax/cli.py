@@ -113,15 +113,20 @@ class Evaluate:
         from fetal_flax.evaluation.evaluate import evaluate
 
         metrics = evaluate(self.checkpoint, self.output, data_dir=self.data_dir, split=self.split)
-        for name in ("dice", "iou", "pixel_accuracy"):
-            print(f"{name:15s} {metrics[name]['mean']:.4f} ± {metrics[name]['std']:.4f}")
+        for name, values in metrics.items():
+            if name not in ("n", "run"):
+                print(f"{name:16s} {values['mean']:8.4f} ± {values['std']:.4f}")
+        missed = metrics["run"]["missed"]
+        print(
+            f"no head was found in {len(missed)} images" + f": {', '.join(missed)}" * bool(missed)
+        )
         print(f"{metrics['n']} images; metrics.json, per_image.csv and masks are in {self.output}")
         return 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Segment an image or a folder of images: masks, overlays, and logits on request."""
+    """Segment an image or a folder of images: masks, overlays and measurements of the head."""
 
     checkpoint: Path
     """Training workdir (its best checkpoint) or converted directory."""
@@ -129,6 +134,9 @@ class Predict:
     """Image, or folder of images."""
     output: Path
     """Folder for the results."""
+    pixel_size_csv: Path | None = None
+    """CSV with the columns `filename` and `pixel size(mm)`, as HC18 has it; without it, heads are
+    measured in pixels alone."""
     save_logits: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write logits/NAME.npy too: float32 at the network's size, before the sigmoid."""
 
@@ -136,10 +144,19 @@ class Predict:
         """Segments what can be read; 2 if something could not be."""
         from fetal_flax.inference.predict import predict
 
-        report = predict(self.checkpoint, self.input, self.output, save_logits=self.save_logits)
+        report = predict(
+            self.checkpoint,
+            self.input,
+            self.output,
+            pixel_size_csv=self.pixel_size_csv,
+            save_logits=self.save_logits,
+        )
         for problem in report.failed:
             print(f"fetal-flax predict: {problem}", file=sys.stderr)
-        print(f"{len(report.predicted)} images segmented; masks and overlays are in {self.output}")
+        print(
+            f"{len(report.predicted)} images segmented; masks, overlays and measurements.csv are "
+            f"in {self.output}"
+        )
         return 2 if report.failed else 0
 
 

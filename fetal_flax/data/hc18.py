@@ -16,6 +16,7 @@ import math
 import os
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,25 @@ def load(
         raise InputError(f"{record.annotation_path} {error}") from None
 
 
+def read_pixel_sizes(csv_path: Path) -> dict[str, float]:
+    """Returns the pixel size in mm by file name, from a CSV as HC18 has them.
+
+    Raises:
+        InputError: The file can't be read, has other columns, a name twice, or a size that is no
+            positive number.
+    """
+    rows, problems = _read_rows(csv_path, _COLUMNS[:2])
+    sizes = {}
+    for name, row in rows.items():
+        try:
+            sizes[name] = _positive(row, _COLUMNS[1], csv_path.name)
+        except InputError as error:
+            problems.append(f"{name} {error}")
+    if problems:
+        raise InputError(f"{csv_path}: {'; '.join(problems[:_PROBLEMS_NAMED])}")
+    return sizes
+
+
 def fingerprint(folder: Path | str) -> str:
     """Returns 16 hex digits that change with the folder's files (names, sizes, times) or CSV.
 
@@ -172,12 +192,14 @@ def _locate(folder: Path) -> tuple[Path, Path]:
     raise InputError(f"{folder} is no HC18 folder: expected {IMAGES}/ and {CSV} in it")
 
 
-def _read_rows(path: Path) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _read_rows(
+    path: Path, columns: Sequence[str] = _COLUMNS
+) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Returns the CSV's rows by file name, and what is wrong with them."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
+            missing = [name for name in columns if name not in (reader.fieldnames or ())]
             if missing:
                 raise InputError(f"{path} has no column {', '.join(map(repr, missing))}")
             rows, problems = {}, []
@@ -201,14 +223,16 @@ def _record(path: Path, examination: str, rows: dict[str, dict[str, str]]) -> HC
     return HC18Record(path.stem, examination, path, annotation, pixel_size, circumference)
 
 
-def _positive(row: dict[str, str], column: str) -> float:
+def _positive(row: dict[str, str], column: str, csv_name: str = CSV) -> float:
     """Returns a column of a row of the CSV as a positive number."""
     try:
         value = float(row[column])
     except (TypeError, ValueError):
         value = math.nan
     if not (math.isfinite(value) and value > 0):
-        raise InputError(f"has {row[column]!r} as its {column} in {CSV}, not a positive number")
+        raise InputError(
+            f"has {row[column]!r} as its {column} in {csv_name}, not a positive number"
+        )
     return value
 
 

@@ -25,7 +25,8 @@ import math
 import cv2
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
-from scipy.special import ellipe
+
+from fetal_flax.data.ellipse import Ellipse
 
 REFERENCE_HEIGHT = 540
 REFERENCE_WIDTH = 800
@@ -62,72 +63,6 @@ _SUBPIXEL_BITS = 4  # fixed-point fraction of the coordinates cv2 draws with
 # Depth below either face of the skull, as a share of its thickness, and the echo from there on.
 _SKULL_LAYERS = ((0.04, 0.12), (0.14, 0.3), (0.26, 0.6), (0.38, 1.0))
 _DB_TO_NEPER = math.log(10.0) / 20.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Ellipse:
-    """An ellipse in pixels: x runs right, y runs down, pixel centres lie at integers.
-
-    Attributes:
-        center_x: column of the centre.
-        center_y: row of the centre.
-        semi_major: longer semi-axis.
-        semi_minor: shorter semi-axis.
-        angle: radians from the x axis to the major axis, towards y (clockwise on the screen),
-            within [-pi/2, pi/2].
-    """
-
-    center_x: float
-    center_y: float
-    semi_major: float
-    semi_minor: float
-    angle: float
-
-    @property
-    def circumference(self) -> float:
-        """Circumference in pixels, by the complete elliptic integral of the second kind."""
-        flattening = 1.0 - (self.semi_minor / self.semi_major) ** 2
-        return float(4.0 * self.semi_major * ellipe(flattening))
-
-    def points(
-        self, u: Float[np.ndarray, " points"], v: Float[np.ndarray, " points"]
-    ) -> Float[np.ndarray, "points 2"]:
-        """Maps head coordinates to pixels.
-
-        Args:
-            u: positions along the major axis, in semi-major axes.
-            v: positions along the minor axis, in semi-minor axes; positive is further down.
-
-        Returns:
-            The (x, y) positions in pixels.
-        """
-        along = self.semi_major * np.asarray(u)
-        across = self.semi_minor * np.asarray(v)
-        cos, sin = math.cos(self.angle), math.sin(self.angle)
-        return np.stack(
-            [
-                self.center_x + along * cos - across * sin,
-                self.center_y + along * sin + across * cos,
-            ],
-            axis=-1,
-        )
-
-    def filled(self, height: int, width: int) -> UInt8[np.ndarray, "height width"]:
-        """Draws the ellipse.
-
-        Args:
-            height: rows of the mask.
-            width: columns of the mask.
-
-        Returns:
-            255 where the centre of the pixel is inside, 0 elsewhere.
-        """
-        x = np.arange(width)[None, :] - self.center_x
-        y = np.arange(height)[:, None] - self.center_y
-        cos, sin = math.cos(self.angle), math.sin(self.angle)
-        u = (x * cos + y * sin) / self.semi_major
-        v = (y * cos - x * sin) / self.semi_minor
-        return np.where(u * u + v * v <= 1.0, 255, 0).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """`fetal-flax evaluate`: a network's masks against annotated ones, at native size."""
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from fetal_flax.config import DataConfig, from_dict, to_dict
 from fetal_flax.data import splits
 from fetal_flax.data.builders import Dataset, open_dataset
 from fetal_flax.errors import InputError
+from fetal_flax.evaluation.head import OUTLINE_PX, measure_head
 from fetal_flax.evaluation.metrics import segmentation_metrics
 from fetal_flax.evaluation.report import write_mask, write_metrics
+from fetal_flax.evaluation.surface import surface_distances
 from fetal_flax.inference.predictor import Predictor, native_mask
 
 SplitName = Literal["train", "validation", "all"]
@@ -24,10 +27,11 @@ SplitName = Literal["train", "validation", "all"]
 def evaluate(
     checkpoint: Path, output: Path, *, data_dir: Path | None = None, split: SplitName = "all"
 ) -> dict[str, Any]:
-    """Segments annotated images and measures how well the masks match.
+    """Segments annotated images and measures how well masks and head circumferences match.
 
     Writes `masks/NAME.png` (native size, 0 or 255), `per_image.csv` and `metrics.json`, and
-    overwrites files of these names. In `metrics.json`, `run` says what was evaluated.
+    overwrites files of these names. In `metrics.json`, `run` says what was evaluated. A head that
+    was missed counts with the worst value of every metric (a circumference of 0) and is listed.
 
     Args:
         checkpoint: Training workdir or converted directory.
@@ -51,13 +55,30 @@ def evaluate(
     dataset = open_dataset(data, seed)
     indices = _indices(checkpoint, dataset, split)
     predictor = Predictor(description.model, variables, description.image_size)
-    names, per_image = [], []
+    outline_px = OUTLINE_PX[description.dataset]
+    names, per_image, missed = [], [], []
+    columns: dict[str, list[object]] = collections.defaultdict(list)
     records = map(dataset.record, _with_progress(indices))
     for record, logits in predictor.segment(records, lambda record: record.image):
         mask = native_mask(logits, record.image.shape)
         write_mask(output / "masks" / f"{record.name}.png", mask)
+        truth, pixel_size = record.mask > 0, record.pixel_size_mm
+        head = measure_head(mask, pixel_size, outline_px=outline_px)
+        circumference = head.circumference_mm if head else 0.0
+        if head is None:
+            missed.append(record.name)
+        error = circumference - record.head_circumference_mm
         names.append(record.name)
-        per_image.append(segmentation_metrics(mask, record.mask > 0))
+        per_image.append(
+            segmentation_metrics(mask, truth)
+            | surface_distances(mask, truth, pixel_size)
+            | {"hc_error_mm": error, "hc_abs_error_mm": abs(error)}
+        )
+        columns["hc_mm"].append(circumference)
+        columns["hc_reference_mm"].append(record.head_circumference_mm)
+        columns["pixel_size_mm"].append(pixel_size)
+        columns["touches_border"].append(bool(head and head.touches_border))
+        columns["components"].append(head.components if head else 0)
     run = {
         "checkpoint": str(checkpoint),
         "epoch": _epoch(description),
@@ -65,9 +86,11 @@ def evaluate(
         "dataset": data.dataset,
         "data_dir": data.data_dir,
         "image_size": list(description.image_size),
+        "outline_px": outline_px,
+        "missed": missed,
         "model": to_dict(description.model),
     }
-    return write_metrics(output, names, per_image, run=run)
+    return write_metrics(output, names, per_image, columns=columns, run=run)
 
 
 def _check_has_split(checkpoint: Path, split: str) -> None:

@@ -12,6 +12,8 @@ from jaxtyping import Bool
 
 from fetal_flax.errors import InputError
 
+RESAMPLINGS = 2000
+
 
 def segmentation_metrics(
     prediction: Bool[np.ndarray, "height width"], truth: Bool[np.ndarray, "height width"]
@@ -21,10 +23,38 @@ def segmentation_metrics(
     `dice` is 2 |P and T| / (|P| + |T|) and `iou` |P and T| / |P or T|, without smoothing; both
     are 1 when both masks are empty (the prediction is right) and 0 when only one is.
     `pixel_accuracy` is the share of pixels, background included, on which the masks agree.
+    `precision` is |P and T| / |P| and `recall` |P and T| / |T|, with empty masks as for `dice`.
 
     Args:
         prediction: True where the network sees the head.
         truth: True inside the annotated outline.
+
+    Raises:
+        ValueError: The masks are not boolean, not 2-D, without pixels, or differ in shape.
+    """
+    check_masks(prediction, truth)
+    predicted, annotated = int(prediction.sum()), int(truth.sum())
+    total = predicted + annotated
+    intersection = int((prediction & truth).sum())
+    union = total - intersection
+    of_empty = 0.0 if total else 1.0
+    return {
+        "dice": 2 * intersection / total if total else 1.0,
+        "iou": intersection / union if union else 1.0,
+        "pixel_accuracy": float((prediction == truth).mean()),
+        "precision": intersection / predicted if predicted else of_empty,
+        "recall": intersection / annotated if annotated else of_empty,
+    }
+
+
+def check_masks(
+    prediction: Bool[np.ndarray, "height width"], truth: Bool[np.ndarray, "height width"]
+) -> None:
+    """Refuses masks that can't be compared.
+
+    Args:
+        prediction: Predicted mask.
+        truth: Annotated mask.
 
     Raises:
         ValueError: The masks are not boolean, not 2-D, without pixels, or differ in shape.
@@ -36,27 +66,21 @@ def segmentation_metrics(
             "masks must have the same (height, width): "
             f"prediction {prediction.shape}, truth {truth.shape}"
         )
-    total = int(prediction.sum()) + int(truth.sum())
-    intersection = int((prediction & truth).sum())
-    union = total - intersection
-    return {
-        "dice": 2 * intersection / total if total else 1.0,
-        "iou": intersection / union if union else 1.0,
-        "pixel_accuracy": float((prediction == truth).mean()),
-    }
 
 
 def aggregate(per_image: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Returns the number of images `n`, and `mean` and `std` of every metric.
+    """Returns the number of images `n`, and the distribution of every metric.
 
     Every image counts the same, whatever its size. `std` is the sample standard deviation
-    (divisor n - 1), and 0 for one image.
+    (divisor n - 1), and 0 for one image; `ci95` is the mean's 95 % bootstrap interval
+    (percentiles of 2000 resamplings of the images; Efron & Tibshirani 1993, section 13.3).
 
     Args:
         per_image: The metrics of each image, such as `segmentation_metrics` returns.
 
     Returns:
-        `{"n": 2, "dice": {"mean": 0.9, "std": 0.1}, ...}`, metrics in the first image's order.
+        `{"n": 2, "dice": {"mean": 0.9, "std": 0.1, "median": 0.9, "ci95": [0.8, 1.0]}, ...}`,
+        metrics in the first image's order.
 
     Raises:
         InputError: There are no images.
@@ -66,12 +90,20 @@ def aggregate(per_image: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         raise InputError("there are no images to evaluate: choose a split that has some")
     if any(metrics.keys() != per_image[0].keys() for metrics in per_image):
         raise ValueError("every image must have the same metrics")
-    return {"n": len(per_image)} | {
-        name: _mean_and_std(np.array([metrics[name] for metrics in per_image], np.float64))
+    count = len(per_image)
+    # The same resamplings for every metric, and in every evaluation of as many images.
+    resampled = np.random.default_rng(0).integers(count, size=(RESAMPLINGS, count))
+    return {"n": count} | {
+        name: _distribution(np.array([metrics[name] for metrics in per_image]), resampled)
         for name in per_image[0]
     }
 
 
-def _mean_and_std(values: np.ndarray) -> dict[str, float]:
-    std = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    return {"mean": float(values.mean()), "std": std}
+def _distribution(values: np.ndarray, resampled: np.ndarray) -> dict[str, Any]:
+    low, high = np.percentile(values[resampled].mean(1), (2.5, 97.5))
+    return {
+        "mean": float(values.mean()),
+        "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+        "median": float(np.median(values)),
+        "ci95": [float(low), float(high)],
+    }

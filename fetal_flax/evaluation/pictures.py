@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from fetal_flax.data.ellipse import Ellipse
 from fetal_flax.files import write_atomically
 
 # Green and magenta stay far apart for every common kind of colour blindness, and both stand out
@@ -24,6 +25,9 @@ TRUTH_COLOUR = (40, 220, 60)
 """RGB of the annotated outline."""
 PREDICTION_COLOUR = (255, 0, 255)
 """RGB of the predicted outline."""
+ELLIPSE_COLOUR = (255, 200, 0)
+"""RGB of the ellipse that is measured."""
+_SHIFT = 4
 TRAIN_COLOUR = "#0072b2"
 VALIDATION_COLOUR = "#d55e00"
 THICK_OUTLINE_FROM = 512
@@ -67,6 +71,22 @@ def overlay(
         )
         cv2.drawContours(rgb, outlines, -1, colour, thickness, cv2.LINE_AA)
     return rgb
+
+
+def draw_ellipse(
+    rgb: UInt8[np.ndarray, "height width 3"], ellipse: Ellipse
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns a picture with an ellipse and its axes drawn in `ELLIPSE_COLOUR`, anti-aliased."""
+    turn = np.linspace(0, 2 * np.pi, 361)
+    one, zero = np.array([-1.0, 1.0]), np.zeros(2)
+    lines = (
+        ellipse.points(np.cos(turn), np.sin(turn)),
+        ellipse.points(one, zero),
+        ellipse.points(zero, one),
+    )
+    # OpenCV draws fixed-point coordinates.
+    fixed = [np.round(line * 2**_SHIFT).astype(np.int32) for line in lines]
+    return cv2.polylines(rgb.copy(), fixed, False, ELLIPSE_COLOUR, 1, cv2.LINE_AA, _SHIFT)
 
 
 def write_png(path: str | Path, rgb: UInt8[np.ndarray, "height width 3"]) -> None:

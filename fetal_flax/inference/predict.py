@@ -1,26 +1,45 @@
-"""`fetal-flax predict`: masks and overlays of an image or of a folder of images."""
+"""`fetal-flax predict`: masks, overlays and measurements of an image or of a folder of images."""
 
 import dataclasses
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import rich.console
 import rich.progress
+from jaxtyping import Bool
 
+from fetal_flax import checkpoints
+from fetal_flax.data.hc18 import read_pixel_sizes
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation import pictures
+from fetal_flax.evaluation.head import OUTLINE_PX, Head, measure_head
 from fetal_flax.evaluation.report import write_mask
-from fetal_flax.files import write_atomically
+from fetal_flax.files import csv_bytes, write_atomically
 from fetal_flax.inference.predictor import Image, NetworkLogits, Predictor, native_mask
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 """Endings of the files that are taken as images, in lower case."""
 ANNOTATION_ENDING = "_Annotation.png"
 """Ends the names of HC18's outlines, which lie among its images."""
+MEASUREMENTS = (
+    "name",
+    "hc_mm",
+    "bpd_mm",
+    "ofd_mm",
+    "pixel_size_mm",
+    "center_x_px",
+    "center_y_px",
+    "semi_major_px",
+    "semi_minor_px",
+    "angle_rad",
+    "touches_border",
+    "components",
+)
+"""Columns of `measurements.csv`; the angle runs from the image's x axis towards y."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +60,22 @@ class _Source(NamedTuple):
 
 
 def predict(
-    checkpoint: Path, source: Path, output: Path, *, save_logits: bool = False
+    checkpoint: Path,
+    source: Path,
+    output: Path,
+    *,
+    pixel_size_csv: Path | None = None,
+    save_logits: bool = False,
 ) -> PredictReport:
     """Segments an image, or every image of a folder, and writes the results.
 
     `masks/NAME.png` is the mask at the image's own size, 0 or 255; `overlays/NAME.png` the image
-    with the mask's outline. NAME is the file's name without its ending. Files of these names
-    that are already there are overwritten, others are left alone. A file that can't be read is
-    left out and reported; the others are still processed.
+    with the mask's outline and the ellipse that was measured. NAME is the file's name without its
+    ending. `measurements.csv` has a row for each image: head circumference (HC), biparietal and
+    occipitofrontal diameter (BPD, OFD; outer to outer) in millimetres where the pixel size is
+    known, and the ellipse in pixels; empty where no head was found. Files of these names that are
+    already there are overwritten, others are left alone. A file that can't be read is left out
+    and reported; the others are still processed.
 
     Args:
         checkpoint: Training workdir or converted directory.
@@ -56,22 +83,34 @@ def predict(
             images do (`SUFFIXES`), in the order of their names, but not HC18's outlines
             (`*_Annotation.png`).
         output: Folder for the results; created if needed.
+        pixel_size_csv: CSV with the columns `filename` and `pixel size(mm)`, as HC18 has it.
         save_logits: Also write `logits/NAME.npy`: (height, width) float32 at the network's size,
             before the sigmoid.
 
     Raises:
-        InputError: `source` is or holds no image, two of its files have the same NAME,
-            `checkpoint` holds no network, or a result can't be written.
+        InputError: `source` is or holds no image, two of its files have the same NAME, the CSV
+            can't be used or lacks one of them, `checkpoint` holds no network, or a result can't
+            be written.
     """
     paths = _find_images(source)
     _check_names_differ(paths)
-    predictor = Predictor.from_checkpoint(checkpoint)
+    pixel_sizes = _pixel_sizes(paths, pixel_size_csv)
+    variables, description = checkpoints.load(checkpoint)
+    predictor = Predictor(description.model, variables, description.image_size)
+    outline_px = OUTLINE_PX[description.dataset]
     predicted: list[str] = []
     failed: list[str] = []
     readable = _read(paths, failed)
+    rows: list[Sequence[object]] = [MEASUREMENTS]
     for (path, image), logits in predictor.segment(readable, lambda source: source.image):
-        _write(output, path.stem, image, logits, save_logits=save_logits)
+        mask = native_mask(logits, image.shape)
+        pixel_size = pixel_sizes.get(path.name)
+        head = measure_head(mask, pixel_size or 1.0, outline_px=outline_px)
+        _write(output, path.stem, image, mask, head, logits if save_logits else None)
+        rows.append([path.stem, *_measurements(head, pixel_size)])
         predicted.append(path.stem)
+    if predicted:
+        write_atomically(output / "measurements.csv", csv_bytes(rows))
     return PredictReport(tuple(predicted), tuple(failed))
 
 
@@ -118,15 +157,52 @@ def _read(paths: list[Path], failed: list[str]) -> Iterator[_Source]:
             failed.append(str(error))
 
 
-def _write(
-    output: Path, name: str, image: Image, logits: NetworkLogits, *, save_logits: bool
-) -> None:
-    mask = native_mask(logits, image.shape)
-    write_mask(output / "masks" / f"{name}.png", mask)
-    pictures.write_png(
-        output / "overlays" / f"{name}.png", pictures.overlay(image, prediction=mask)
+def _pixel_sizes(paths: list[Path], csv_path: Path | None) -> dict[str, float]:
+    if csv_path is None:
+        return {}
+    sizes = read_pixel_sizes(csv_path)
+    missing = [path.name for path in paths if path.name not in sizes]
+    if missing:
+        raise InputError(
+            f"{csv_path} has no row for {', '.join(missing[:3])}"
+            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            + ": add them, or leave --pixel-size-csv out to measure in pixels"
+        )
+    return sizes
+
+
+def _measurements(head: Head | None, pixel_size_mm: float | None) -> Sequence[object]:
+    """Returns a row of `MEASUREMENTS` behind the name."""
+    if head is None:
+        return [""] * 3 + [pixel_size_mm or ""] + [""] * 6 + [0]
+    millimetres = (
+        head.circumference_mm,
+        head.biparietal_diameter_mm,
+        head.occipitofrontal_diameter_mm,
+        pixel_size_mm,
     )
-    if save_logits:
+    return [
+        *(millimetres if pixel_size_mm else [""] * 4),
+        *dataclasses.astuple(head.ellipse),
+        head.touches_border,
+        head.components,
+    ]
+
+
+def _write(
+    output: Path,
+    name: str,
+    image: Image,
+    mask: Bool[np.ndarray, "height width"],
+    head: Head | None,
+    logits: NetworkLogits | None,
+) -> None:
+    write_mask(output / "masks" / f"{name}.png", mask)
+    drawn = pictures.overlay(image, prediction=mask)
+    if head:
+        drawn = pictures.draw_ellipse(drawn, head.ellipse)
+    pictures.write_png(output / "overlays" / f"{name}.png", drawn)
+    if logits is not None:
         npy = io.BytesIO()
         np.save(npy, logits)
         write_atomically(output / "logits" / f"{name}.npy", npy.getvalue())

@@ -4,12 +4,12 @@ import cv2
 import numpy as np
 import pytest
 
+from fetal_flax.data.ellipse import Ellipse
 from fetal_flax.data.phantom import (
     CEPHALIC_INDEX_RANGE,
     HEAD_CIRCUMFERENCE_RANGE_MM,
     PIXEL_SIZE_RANGE_MM,
     REFERENCE_WIDTH,
-    Ellipse,
     Phantom,
     make_phantom,
     speckle_envelope,

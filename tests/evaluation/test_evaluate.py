@@ -63,6 +63,41 @@ def test_every_image_is_measured_at_native_size(tiny_hc18, tmp_path):
     assert metrics["dice"]["mean"] == pytest.approx(np.mean(dices))
 
 
+def test_distances_and_circumferences_are_in_millimetres(tiny_hc18, tmp_path, monkeypatch):
+    truths = {}
+    for record in hc18.find_records(tiny_hc18):
+        truths[hc18.load(record)[0].tobytes()] = record
+
+    def segment(self, items, image):
+        for item in items:
+            record = truths[image(item).tobytes()]
+            mask = hc18.load(record)[1] if record.name != "002_HC" else 0 * image(item)
+            yield item, np.where(mask, 9, -9).astype(np.float32)
+
+    monkeypatch.setattr(Predictor, "segment", segment)
+    metrics = evaluate(save(tmp_path / "checkpoint"), tmp_path / "out", data_dir=tiny_hc18)
+    written = rows(tmp_path / "out")
+    assert metrics["run"]["missed"] == ["002_HC"]
+    for record in truths.values():
+        row = {name: value for name, value in written[record.name].items() if name != "name"}
+        right, reference = record.name != "002_HC", record.head_circumference_mm
+        assert float(row["dice"]) == float(row["recall"]) == float(right)
+        diagonal = record.pixel_size_mm * np.hypot(107, 159)
+        worst = 0 if right else pytest.approx(diagonal, abs=0.01)
+        assert float(row["hausdorff_mm"]) == float(row["assd_mm"]) == worst
+        assert float(row["hc_reference_mm"]) == reference
+        assert float(row["hc_mm"]) - reference == pytest.approx(float(row["hc_error_mm"]))
+        assert abs(float(row["hc_error_mm"])) == float(row["hc_abs_error_mm"])
+        if right:
+            # The drawn outline is four pixels of 0.69 mm wide at most.
+            assert float(row["hc_mm"]) == pytest.approx(reference, abs=6)
+        else:
+            assert float(row["hc_mm"]) == 0 and row["components"] == "0"
+    assert metrics["hc_abs_error_mm"]["mean"] == pytest.approx(
+        np.mean([float(row["hc_abs_error_mm"]) for row in written.values()])
+    )
+
+
 def test_metrics_say_what_was_evaluated(tiny_hc18, tmp_path):
     checkpoint = save(tmp_path / "checkpoint")
     run = evaluate(checkpoint, tmp_path / "out", data_dir=tiny_hc18)["run"]
@@ -73,6 +108,8 @@ def test_metrics_say_what_was_evaluated(tiny_hc18, tmp_path):
         "dataset": "hc18",
         "data_dir": str(tiny_hc18),
         "image_size": [64, 64],
+        "outline_px": 1.4,
+        "missed": list(NAMES),
         "model": to_dict(MODEL),
     }
 

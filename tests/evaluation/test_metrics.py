@@ -2,6 +2,7 @@ import hypothesis
 import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import strategies as st
 
 from fetal_flax.errors import InputError
@@ -12,15 +13,19 @@ FULL = np.ones((4, 6), bool)
 
 
 def counted_by_hand(prediction, truth):
-    both = either = agree = 0
+    both = either = agree = predicted = annotated = 0
     for p, t in zip(prediction.ravel().tolist(), truth.ravel().tolist(), strict=True):
         both += p and t
         either += p or t
         agree += p == t
+        predicted += p
+        annotated += t
     return {
         "dice": 2 * both / (both + either) if either else 1.0,
         "iou": both / either if either else 1.0,
         "pixel_accuracy": agree / prediction.size,
+        "precision": both / predicted if predicted else float(not either),
+        "recall": both / annotated if annotated else float(not either),
     }
 
 
@@ -36,15 +41,16 @@ def test_metrics_equal_a_count_pixel_by_pixel(masks):
     metrics = segmentation_metrics(*masks)
     assert metrics == pytest.approx(counted_by_hand(*masks), rel=1e-12)
     assert all(type(value) is float and 0 <= value <= 1 for value in metrics.values())
-    assert metrics == segmentation_metrics(*reversed(masks))
+    swapped = {"precision": metrics["recall"], "recall": metrics["precision"]}
+    assert segmentation_metrics(*reversed(masks)) == metrics | swapped
 
 
 def test_a_known_case():
     prediction, truth = EMPTY.copy(), EMPTY.copy()
     prediction[:2, :3] = True
-    truth[1:3, :3] = True
+    truth[1:3, :2] = True
     assert segmentation_metrics(prediction, truth) == pytest.approx(
-        {"dice": 0.5, "iou": 1 / 3, "pixel_accuracy": 0.75}
+        {"dice": 0.4, "iou": 1 / 4, "pixel_accuracy": 0.75, "precision": 1 / 3, "recall": 0.5}
     )
 
 
@@ -57,6 +63,8 @@ def test_empty_and_full_masks(prediction, truth, overlap, accuracy):
         "dice": overlap,
         "iou": overlap,
         "pixel_accuracy": accuracy,
+        "precision": overlap,
+        "recall": overlap,
     }
 
 
@@ -74,22 +82,36 @@ def test_masks_that_do_not_fit_are_refused(prediction, truth, message):
         segmentation_metrics(prediction, truth)
 
 
-def test_aggregate_gives_mean_and_sample_deviation():
+def test_aggregate_gives_mean_sample_deviation_and_median():
     result = aggregate(
         [{"dice": 0.8, "iou": 0.5}, {"dice": 0.9, "iou": 0.5}, {"dice": 1, "iou": 2}]
     )
     assert result["n"] == 3
-    assert result["dice"] == pytest.approx({"mean": 0.9, "std": 0.1})
-    assert result["iou"] == pytest.approx({"mean": 1.0, "std": 0.75**0.5})
+    for name, mean, std, median in (("dice", 0.9, 0.1, 0.9), ("iou", 1.0, 0.75**0.5, 0.5)):
+        assert result[name]["mean"] == pytest.approx(mean)
+        assert result[name]["std"] == pytest.approx(std)
+        assert result[name]["median"] == pytest.approx(median)
 
 
 def test_aggregate_of_one_image_has_no_deviation():
-    assert aggregate([{"dice": 0.5}]) == {"n": 1, "dice": {"mean": 0.5, "std": 0.0}}
+    distribution = {"mean": 0.5, "std": 0.0, "median": 0.5, "ci95": [0.5, 0.5]}
+    assert aggregate([{"dice": 0.5}]) == {"n": 1, "dice": distribution}
+
+
+def test_the_interval_is_that_of_the_mean():
+    values = np.random.default_rng(1).gamma(2, size=200)
+    low, high = aggregate([{"adf": value} for value in values])["adf"]["ci95"]
+    expected = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=20000, method="percentile", rng=2
+    ).confidence_interval
+    assert (low, high) == pytest.approx(tuple(expected), rel=0.02)
+    assert low < values.mean() < high
 
 
 def test_aggregate_takes_any_metric_and_keeps_the_order():
-    per_image = [segmentation_metrics(FULL, FULL) | {"hausdorff_mm": 1.5}] * 2
-    assert list(aggregate(per_image)) == ["n", "dice", "iou", "pixel_accuracy", "hausdorff_mm"]
+    metrics = segmentation_metrics(FULL, FULL)
+    assert list(metrics) == ["dice", "iou", "pixel_accuracy", "precision", "recall"]
+    assert list(aggregate([metrics | {"hausdorff_mm": 1.5}] * 2)) == ["n", *metrics, "hausdorff_mm"]
 
 
 def test_aggregate_refuses_no_images_and_unlike_metrics():

@@ -23,7 +23,7 @@ def test_metrics_json_holds_the_aggregate_and_the_run(tmp_path):
     assert written == returned
     assert written["n"] == 2
     assert written["dice"]["mean"] == pytest.approx((0.9 + 1 / 3) / 2)
-    assert set(written["dice"]) == set(written["pixel_accuracy"]) == {"mean", "std"}
+    assert set(written["dice"]) == {"mean", "std", "median", "ci95"} == set(written["iou"])
     assert written["run"] == run
 
 

@@ -1,3 +1,5 @@
+import csv
+import dataclasses
 from pathlib import Path
 
 import cv2
@@ -7,9 +9,11 @@ import pytest
 from fetal_flax import checkpoints
 from fetal_flax.checkpoints import Description
 from fetal_flax.config import ModelConfig
+from fetal_flax.data.ellipse import Ellipse
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation import pictures
+from fetal_flax.evaluation.head import OUTLINE_PX, measure_head
 from fetal_flax.inference import predict as module
 from fetal_flax.inference.predict import predict
 from fetal_flax.inference.predictor import Predictor, native_mask
@@ -48,7 +52,7 @@ def test_an_image_gets_mask_overlay_and_logits(checkpoint, tmp_path):
     output = tmp_path / "out"
     report = predict(checkpoint, source, output, save_logits=True)
     assert (report.predicted, report.failed) == (("a",), ())
-    assert files(output) == ["logits/a.npy", "masks/a.png", "overlays/a.png"]
+    assert files(output) == ["logits/a.npy", "masks/a.png", "measurements.csv", "overlays/a.png"]
 
     image = read_gray(source)
     logits = np.load(output / "logits" / "a.npy")
@@ -63,12 +67,91 @@ def test_an_image_gets_mask_overlay_and_logits(checkpoint, tmp_path):
 
     bgr = cv2.imread(str(output / "overlays" / "a.png"), cv2.IMREAD_UNCHANGED)
     assert bgr is not None
-    np.testing.assert_array_equal(bgr[..., ::-1], pictures.overlay(image, prediction=mask))
+    expected = pictures.overlay(image, prediction=mask)
+    head = measure_head(mask, 1.0, outline_px=OUTLINE_PX["hc18"])
+    if head:
+        expected = pictures.draw_ellipse(expected, head.ellipse)
+    np.testing.assert_array_equal(bgr[..., ::-1], expected)
 
 
 def test_logits_are_left_out_unless_asked_for(checkpoint, tmp_path):
     predict(checkpoint, write_images(tmp_path / "in", "a.png"), tmp_path / "out")
-    assert files(tmp_path / "out") == ["masks/a.png", "overlays/a.png"]
+    assert files(tmp_path / "out") == ["masks/a.png", "measurements.csv", "overlays/a.png"]
+
+
+HEAD = Ellipse(center_x=28.0, center_y=20.0, semi_major=20.4, semi_minor=14.4, angle=0.3)
+
+
+@pytest.fixture
+def sees_a_head(monkeypatch):
+    """The network's masks are heads, but for an image whose first pixel is 0: it sees none."""
+
+    def segment(self, items, image):
+        for item in items:
+            mask = HEAD.filled(*image(item).shape) if image(item)[0, 0] else 0 * image(item)
+            yield item, np.where(mask, 9, -9).astype(np.float32)
+
+    monkeypatch.setattr(Predictor, "segment", segment)
+
+
+def measurements(output: Path) -> dict[str, dict[str, str]]:
+    with (output / "measurements.csv").open(newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def write_sizes(path: Path, **sizes: object) -> Path:
+    rows = "".join(f"{name}.png,{size}\r\n" for name, size in sizes.items())
+    path.write_text("filename,pixel size(mm)\r\n" + rows)
+    return path
+
+
+def test_heads_are_measured_in_millimetres(checkpoint, sees_a_head, tmp_path):
+    source = write_images(tmp_path / "in", "a.png")
+    cv2.imwrite(str(source / "b.png"), np.zeros((40, 56), np.uint8))
+    sizes = write_sizes(tmp_path / "sizes.csv", a=0.5, b=0.25, other=1)
+    predict(checkpoint, source, tmp_path / "out", pixel_size_csv=sizes)
+    rows = measurements(tmp_path / "out")
+    assert tuple(rows["a"]) == module.MEASUREMENTS
+    # A converted checkpoint's masks hold the outline, which is no part of the head.
+    outline = OUTLINE_PX["hc18"]
+    head = dataclasses.replace(
+        HEAD, semi_major=HEAD.semi_major - outline, semi_minor=HEAD.semi_minor - outline
+    )
+    for column, expected in (
+        ("hc_mm", 0.5 * head.circumference),
+        ("bpd_mm", head.semi_minor),
+        ("ofd_mm", head.semi_major),
+        ("center_x_px", 28),
+        ("semi_minor_px", head.semi_minor),
+        ("angle_rad", 0.3),
+    ):
+        assert float(rows["a"][column]) == pytest.approx(expected, rel=0.02), column
+    assert (rows["a"]["touches_border"], rows["a"]["components"]) == ("False", "1")
+    assert rows["b"]["hc_mm"] == rows["b"]["center_x_px"] == ""
+    assert (rows["b"]["pixel_size_mm"], rows["b"]["components"]) == ("0.25", "0")
+
+
+def test_without_pixel_sizes_the_ellipse_is_in_pixels_alone(checkpoint, sees_a_head, tmp_path):
+    predict(checkpoint, write_images(tmp_path / "in", "a.png"), tmp_path / "out")
+    row = measurements(tmp_path / "out")["a"]
+    assert row["hc_mm"] == row["bpd_mm"] == row["ofd_mm"] == row["pixel_size_mm"] == ""
+    assert float(row["semi_major_px"]) == pytest.approx(HEAD.semi_major - 1.4, rel=0.02)
+
+
+def test_images_without_a_pixel_size_are_named_before_anything_is_written(checkpoint, tmp_path):
+    source = write_images(tmp_path / "in", "a.png", "b.png", "c.png", "d.png", "e.png")
+    sizes = write_sizes(tmp_path / "sizes.csv", a=0.5)
+    with pytest.raises(InputError, match=r"no row for b\.png, c\.png, d\.png and 1 more"):
+        predict(checkpoint, source, tmp_path / "out", pixel_size_csv=sizes)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "", "wide"])
+def test_a_pixel_size_that_is_none_is_named(checkpoint, tmp_path, size):
+    source = write_images(tmp_path / "in", "a.png")
+    sizes = write_sizes(tmp_path / "sizes.csv", a=size)
+    with pytest.raises(InputError, match=r"sizes\.csv.*a\.png.*not a positive number"):
+        predict(checkpoint, source, tmp_path / "out", pixel_size_csv=sizes)
 
 
 def test_of_a_folder_the_images_in_it_are_taken_in_order(checkpoint, tmp_path):

@@ -1,0 +1,114 @@
+"""Head circumference from ground-truth masks, by several fits, against the known one.
+
+    python benchmarks/circumference.py --hc18 ../shared/hc18 --phantoms 500
+
+Prints the tables of docs/measurement.md: DF is the signed difference, ADF the absolute one.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from fetal_flax.data import hc18
+from fetal_flax.data.ellipse import Ellipse
+from fetal_flax.data.phantom import make_phantom
+from fetal_flax.evaluation.head import OUTLINE_PX, edge_points, fit_ellipse, largest_region
+
+Fit = Callable[[np.ndarray], tuple[float, float]]
+
+
+def axes_of(ellipse: Ellipse | None) -> tuple[float, float]:
+    assert ellipse is not None
+    return ellipse.semi_major, ellipse.semi_minor
+
+
+def by_opencv(fit: Callable, points: Callable[[np.ndarray], np.ndarray], mask: np.ndarray):
+    _, diameters, _ = fit(points(mask).astype(np.float32))
+    return max(diameters) / 2, min(diameters) / 2
+
+
+def inner_points(mask: np.ndarray) -> np.ndarray:
+    """Edge points, the image's border left out."""
+    return edge_points(mask)[0]
+
+
+def all_points(mask: np.ndarray) -> np.ndarray:
+    """Edge points, with those where the border cuts the head off."""
+    return edge_points(np.pad(mask, 1))[0] - 1
+
+
+def pixel_centres(mask: np.ndarray) -> np.ndarray:
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return max(contours, key=len)[:, 0]
+
+
+def by_moments(mask: np.ndarray) -> tuple[float, float]:
+    """Axes of the ellipse with the region's second moments."""
+    rows, columns = np.nonzero(mask)
+    moments = np.cov(np.stack([columns, rows]), bias=True) + np.eye(2) / 12
+    small, large = np.linalg.eigvalsh(moments)
+    return 2 * math.sqrt(large), 2 * math.sqrt(small)
+
+
+FITS: dict[str, Fit] = {
+    "edges, least squares (ours)": lambda mask: axes_of(fit_ellipse(inner_points(mask))),
+    "edges, border included": functools.partial(by_opencv, cv2.fitEllipse, all_points),
+    "edges, approximate mean square": functools.partial(by_opencv, cv2.fitEllipseAMS, inner_points),
+    "edges, direct": functools.partial(by_opencv, cv2.fitEllipseDirect, inner_points),
+    "pixel centres, least squares": functools.partial(by_opencv, cv2.fitEllipse, pixel_centres),
+    "second moments": by_moments,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hc18", type=Path, required=True)
+    parser.add_argument("--phantoms", type=int, default=500)
+    options = parser.parse_args()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        records = hc18.find_records(options.hc18)
+        print_table(f"HC18, {len(records)} masks", "hc18", list(pool.map(of_record, records)))
+    phantoms = [of_phantom(index) for index in range(options.phantoms)]
+    print_table(f"{options.phantoms} phantoms", "fetal_phantom", phantoms)
+
+
+def of_record(record: hc18.HC18Record) -> tuple[dict, float, float]:
+    _, mask = hc18.load(record)
+    return fitted(mask > 0), record.pixel_size_mm, record.head_circumference_mm
+
+
+def of_phantom(index: int) -> tuple[dict, float, float]:
+    phantom = make_phantom(0, index)
+    return fitted(phantom.mask > 0), phantom.pixel_size_mm, phantom.head_circumference_mm
+
+
+def fitted(mask: np.ndarray) -> dict[str, tuple[float, float]]:
+    region, _ = largest_region(mask)
+    return {name: fit(region) for name, fit in FITS.items()}
+
+
+def print_table(title: str, dataset: str, measured: list[tuple[dict, float, float]]) -> None:
+    print(f"\n{title}\n\n| fit | outline, px | DF, mm | ADF, mm | largest, mm |")
+    print("|---|---|---|---|---|")
+    for name in FITS:
+        for outline in sorted({0.0, OUTLINE_PX[dataset]}):
+            errors = []
+            for axes, pixel_size, circumference in measured:
+                major, minor = (axis - outline for axis in axes[name])
+                ours = Ellipse(0, 0, major, minor, 0).circumference * pixel_size
+                errors.append(ours - circumference)
+            df, adf = np.array(errors), np.abs(errors)
+            print(
+                f"| {name} | {outline} | {df.mean():+.3f} ± {df.std(ddof=1):.3f} "
+                f"| {adf.mean():.3f} | {adf.max():.2f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()

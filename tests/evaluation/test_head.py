@@ -1,0 +1,137 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from fetal_flax.data import hc18
+from fetal_flax.data.ellipse import Ellipse
+from fetal_flax.data.phantom import make_phantom
+from fetal_flax.evaluation.head import (
+    OUTLINE_PX,
+    Head,
+    edge_points,
+    fit_ellipse,
+    largest_region,
+    measure_head,
+)
+
+ELLIPSE = Ellipse(center_x=203.3, center_y=121.8, semi_major=140.6, semi_minor=95.2, angle=0.4)
+
+
+def _mask(ellipse: Ellipse, height: int = 260, width: int = 400) -> np.ndarray:
+    return ellipse.filled(height, width) > 0
+
+
+def _measured(mask: np.ndarray, outline_px: float = 0.0) -> Head:
+    head = measure_head(mask, 0.2, outline_px=outline_px)
+    assert head is not None
+    return head
+
+
+@pytest.mark.parametrize("angle", [-1.5, -0.7, 0.0, 0.4, 1.2, math.pi / 2 - 0.01])
+def test_a_drawn_ellipse_is_found_again(angle):
+    drawn = dataclasses.replace(ELLIPSE, semi_major=110.6, angle=angle)
+    found = _measured(_mask(drawn)).ellipse
+    for field in ("center_x", "center_y", "semi_major", "semi_minor"):
+        assert getattr(found, field) == pytest.approx(getattr(drawn, field), abs=0.05)
+    turned = (found.angle - angle + math.pi / 2) % math.pi - math.pi / 2
+    assert turned == pytest.approx(0, abs=2e-3)
+    assert -math.pi / 2 <= found.angle <= math.pi / 2
+
+
+def test_millimetres_are_pixels_times_their_size():
+    head = _measured(_mask(ELLIPSE))
+    assert head.circumference_mm == pytest.approx(0.2 * ELLIPSE.circumference, rel=5e-4)
+    assert head.biparietal_diameter_mm == pytest.approx(0.4 * ELLIPSE.semi_minor, rel=1e-3)
+    assert head.occipitofrontal_diameter_mm == pytest.approx(0.4 * ELLIPSE.semi_major, rel=1e-3)
+
+
+def test_the_outline_is_taken_off_both_axes():
+    without, taken_off = (_measured(_mask(ELLIPSE), px).ellipse for px in (0.0, 1.4))
+    assert taken_off.semi_major == pytest.approx(without.semi_major - 1.4)
+    assert taken_off.semi_minor == pytest.approx(without.semi_minor - 1.4)
+    assert (taken_off.center_x, taken_off.angle) == (without.center_x, without.angle)
+
+
+@pytest.mark.parametrize("side", ["top", "left", "bottom", "right"])
+def test_a_head_cut_off_by_the_border_is_measured_as_if_it_went_on(side):
+    y = {"top": 70.0, "bottom": 190.0}.get(side, 130.0)
+    x = {"left": 110.0, "right": 290.0}.get(side, 200.0)
+    cut = dataclasses.replace(ELLIPSE, center_x=x, center_y=y)
+    head = _measured(_mask(cut))
+    assert head.touches_border
+    assert head.ellipse.circumference == pytest.approx(cut.circumference, rel=1e-3)
+    assert not _measured(_mask(ELLIPSE)).touches_border
+
+
+def test_only_the_largest_region_counts_and_its_holes_are_filled():
+    mask = _mask(ELLIPSE)
+    spoilt = mask.copy()
+    spoilt[100:140, 180:220] = False
+    spoilt[2:9, 2:9] = True
+    region, components = largest_region(spoilt)
+    np.testing.assert_array_equal(region, mask)
+    assert components == 2
+    assert _measured(spoilt).components == 2
+    assert _measured(spoilt).ellipse == _measured(mask).ellipse
+
+
+def test_regions_that_touch_at_corners_are_two():
+    mask = np.zeros((8, 8), bool)
+    mask[1:3, 1:3] = mask[3:6, 3:6] = True
+    region, components = largest_region(mask)
+    assert components == 2
+    assert region.sum() == 9
+
+
+def test_edges_enclose_the_pixels():
+    mask = np.zeros((5, 6), bool)
+    mask[2, 3] = True
+    points, touches_border = edge_points(mask)
+    assert {tuple(point) for point in points} == {(3, 1.5), (3, 2.5), (2.5, 2), (3.5, 2)}
+    assert not touches_border
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        np.zeros((40, 60), bool),
+        np.ones((40, 60), bool),
+        np.eye(40, dtype=bool),
+        np.pad(np.ones((1, 30), bool), 8),
+        np.pad(np.ones((1, 1), bool), 8),
+    ],
+    ids=["empty", "full", "diagonal", "line", "pixel"],
+)
+def test_no_head_is_none(mask):
+    assert measure_head(mask, 0.1, outline_px=1.4) is None
+
+
+@pytest.mark.parametrize("count", range(6))
+def test_too_few_points_give_no_ellipse(count):
+    assert fit_ellipse(np.arange(2.0 * count).reshape(-1, 2)) is None
+
+
+def test_phantoms_are_measured_to_their_circumference():
+    errors = []
+    for index in range(25):
+        phantom = make_phantom(0, index)
+        head = measure_head(phantom.mask > 0, phantom.pixel_size_mm, outline_px=0.0)
+        assert head is not None
+        errors.append(head.circumference_mm - phantom.head_circumference_mm)
+    assert abs(np.mean(errors)) < 0.01
+    assert np.max(np.abs(errors)) < 0.05
+
+
+def test_hc18s_masks_are_measured_to_the_csv(shared_dir):
+    records = hc18.find_records(shared_dir / "hc18")[::8]
+    errors = []
+    for record in records:
+        _, mask = hc18.load(record)
+        head = measure_head(mask > 0, record.pixel_size_mm, outline_px=OUTLINE_PX["hc18"])
+        assert head is not None
+        errors.append(head.circumference_mm - record.head_circumference_mm)
+    assert abs(np.mean(errors)) < 0.1
+    assert np.mean(np.abs(errors)) < 0.06
+    assert np.max(np.abs(errors)) < 0.5
