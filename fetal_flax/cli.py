@@ -161,6 +161,30 @@ class Predict:
 
 
 @dataclasses.dataclass(frozen=True)
+class Submission:
+    """Measure the HC18 challenge's test images and write the CSV that it takes."""
+
+    checkpoint: Path
+    """Training workdir (its best checkpoint) or converted directory."""
+    input: Path
+    """The challenge's test_set folder."""
+    pixel_size_csv: Path
+    """Its test_set_pixel_size.csv."""
+    output: Path = Path("submission.csv")
+    """The CSV to write."""
+
+    def run(self) -> int:
+        """Measures; 2 if an image has no row."""
+        from fetal_flax.inference.submission import submission
+
+        report = submission(self.checkpoint, self.input, self.pixel_size_csv, self.output)
+        for problem in report.problems:
+            print(f"fetal-flax submission: {problem}", file=sys.stderr)
+        print(f"{report.measured} heads are in {self.output}")
+        return 2 if report.problems else 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Parity:
     """Measure how well the Flax network agrees with PyTorch's; needs the extra `parity`."""
 
@@ -221,6 +245,7 @@ COMMANDS: dict[str, Any] = {
     "convert": Convert,
     "evaluate": Evaluate,
     "predict": Predict,
+    "submission": Submission,
     "parity": Parity,
     "summary": Summarize,
     "data prepare": PrepareData,

@@ -59,6 +59,18 @@ class _Source(NamedTuple):
     image: Image
 
 
+class MeasuredImage(NamedTuple):
+    """An image and what the network sees in it."""
+
+    path: Path
+    image: Image
+    logits: NetworkLogits
+    mask: Bool[np.ndarray, "height width"]
+    pixel_size_mm: float | None
+    """None where it isn't known; the head is then measured in pixels of 1 mm."""
+    head: Head | None
+
+
 def predict(
     checkpoint: Path,
     source: Path,
@@ -92,26 +104,44 @@ def predict(
             can't be used or lacks one of them, `checkpoint` holds no network, or a result can't
             be written.
     """
+    predicted: list[str] = []
+    failed: list[str] = []
+    rows: list[Sequence[object]] = [MEASUREMENTS]
+    for image in measured_images(checkpoint, source, failed, pixel_size_csv=pixel_size_csv):
+        _write(output, image, save_logits=save_logits)
+        rows.append([image.path.stem, *_measurements(image)])
+        predicted.append(image.path.stem)
+    if predicted:
+        write_atomically(output / "measurements.csv", csv_bytes(rows))
+    return PredictReport(tuple(predicted), tuple(failed))
+
+
+def measured_images(
+    checkpoint: Path, source: Path, failed: list[str], *, pixel_size_csv: Path | None = None
+) -> Iterator[MeasuredImage]:
+    """Yields each image with what the network sees in it.
+
+    Args:
+        checkpoint: Training workdir or converted directory.
+        source: As in `predict`.
+        failed: Takes a sentence for each file that can't be read.
+        pixel_size_csv: As in `predict`.
+
+    Raises:
+        InputError: As `predict`, before the first image.
+    """
     paths = _find_images(source)
     _check_names_differ(paths)
     pixel_sizes = _pixel_sizes(paths, pixel_size_csv)
     variables, description = checkpoints.load(checkpoint)
     predictor = Predictor(description.model, variables, description.image_size)
     outline_px = OUTLINE_PX[description.dataset]
-    predicted: list[str] = []
-    failed: list[str] = []
     readable = _read(paths, failed)
-    rows: list[Sequence[object]] = [MEASUREMENTS]
     for (path, image), logits in predictor.segment(readable, lambda source: source.image):
         mask = native_mask(logits, image.shape)
         pixel_size = pixel_sizes.get(path.name)
         head = measure_head(mask, pixel_size or 1.0, outline_px=outline_px)
-        _write(output, path.stem, image, mask, head, logits if save_logits else None)
-        rows.append([path.stem, *_measurements(head, pixel_size)])
-        predicted.append(path.stem)
-    if predicted:
-        write_atomically(output / "measurements.csv", csv_bytes(rows))
-    return PredictReport(tuple(predicted), tuple(failed))
+        yield MeasuredImage(path, image, logits, mask, pixel_size, head)
 
 
 def _find_images(source: Path) -> list[Path]:
@@ -171,38 +201,33 @@ def _pixel_sizes(paths: list[Path], csv_path: Path | None) -> dict[str, float]:
     return sizes
 
 
-def _measurements(head: Head | None, pixel_size_mm: float | None) -> Sequence[object]:
+def _measurements(image: MeasuredImage) -> Sequence[object]:
     """Returns a row of `MEASUREMENTS` behind the name."""
+    head, pixel_size = image.head, image.pixel_size_mm
     if head is None:
-        return [""] * 3 + [pixel_size_mm or ""] + [""] * 6 + [0]
+        return [""] * 3 + [pixel_size or ""] + [""] * 6 + [0]
     millimetres = (
         head.circumference_mm,
         head.biparietal_diameter_mm,
         head.occipitofrontal_diameter_mm,
-        pixel_size_mm,
+        pixel_size,
     )
     return [
-        *(millimetres if pixel_size_mm else [""] * 4),
+        *(millimetres if pixel_size else [""] * 4),
         *dataclasses.astuple(head.ellipse),
         head.touches_border,
         head.components,
     ]
 
 
-def _write(
-    output: Path,
-    name: str,
-    image: Image,
-    mask: Bool[np.ndarray, "height width"],
-    head: Head | None,
-    logits: NetworkLogits | None,
-) -> None:
-    write_mask(output / "masks" / f"{name}.png", mask)
-    drawn = pictures.overlay(image, prediction=mask)
-    if head:
-        drawn = pictures.draw_ellipse(drawn, head.ellipse)
+def _write(output: Path, image: MeasuredImage, *, save_logits: bool) -> None:
+    name = image.path.stem
+    write_mask(output / "masks" / f"{name}.png", image.mask)
+    drawn = pictures.overlay(image.image, prediction=image.mask)
+    if image.head:
+        drawn = pictures.draw_ellipse(drawn, image.head.ellipse)
     pictures.write_png(output / "overlays" / f"{name}.png", drawn)
-    if logits is not None:
+    if save_logits:
         npy = io.BytesIO()
-        np.save(npy, logits)
+        np.save(npy, image.logits)
         write_atomically(output / "logits" / f"{name}.npy", npy.getvalue())
