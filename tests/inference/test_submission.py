@@ -69,7 +69,7 @@ def test_an_ellipse_comes_back_from_the_csv(challenge):
     for row, ellipse in zip(rows, ELLIPSES, strict=True):
         ours, true = drawn(row) > 0, ellipse.filled(96, 144) > 0
         dice = 2 * (ours & true).sum() / (ours.sum() + true.sum())
-        # OpenCV draws half a pixel more; exchanged axes or the angle with the other sign are far off.
+        # OpenCV draws half a pixel more. Exchanged axes or the other sign would be far off.
         assert dice > 0.97
         expected = to_row(ellipse, PIXEL_SIZE_MM)
         assert [float(row[name]) for name in COLUMNS[1:5]] == pytest.approx(expected[:4], abs=0.03)
