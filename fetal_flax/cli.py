@@ -97,7 +97,7 @@ class PrepareData:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Measure a network on annotated images: metrics.json, per_image.csv and masks."""
+    """Measure a network on annotated images: report.html, metrics.json, per_image.csv, masks."""
 
     checkpoint: Path
     """Training workdir (its best checkpoint) or converted directory."""
@@ -120,7 +120,10 @@ class Evaluate:
         print(
             f"no head was found in {len(missed)} images" + f": {', '.join(missed)}" * bool(missed)
         )
-        print(f"{metrics['n']} images; metrics.json, per_image.csv and masks are in {self.output}")
+        print(
+            f"{metrics['n']} images; report.html, metrics.json, per_image.csv and masks are in "
+            f"{self.output}"
+        )
         return 0
 
 

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +14,11 @@ from fetal_flax.checkpoints import Description
 from fetal_flax.config import DataConfig, from_dict, to_dict
 from fetal_flax.data import splits
 from fetal_flax.data.builders import Dataset, open_dataset
+from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
+from fetal_flax.evaluation import pictures
 from fetal_flax.evaluation.head import OUTLINE_PX, measure_head
+from fetal_flax.evaluation.html import WORST_CASES, WorstCase, write_report
 from fetal_flax.evaluation.metrics import segmentation_metrics
 from fetal_flax.evaluation.report import write_mask, write_metrics
 from fetal_flax.evaluation.surface import surface_distances
@@ -29,9 +32,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Segments annotated images and measures how well masks and head circumferences match.
 
-    Writes `masks/NAME.png` (native size, 0 or 255), `per_image.csv` and `metrics.json`, and
-    overwrites files of these names. In `metrics.json`, `run` says what was evaluated. A head that
-    was missed counts with the worst value of every metric (a circumference of 0) and is listed.
+    Writes `masks/NAME.png` (native size, 0 or 255), `per_image.csv`, `metrics.json` and
+    `report.html`, and overwrites files of these names. In `metrics.json`, `run` says what was
+    evaluated. A head that was missed counts with the worst value of every metric (a circumference
+    of 0) and is listed.
 
     Args:
         checkpoint: Training workdir or converted directory.
@@ -57,7 +61,7 @@ def evaluate(
     predictor = Predictor(description.model, variables, description.image_size)
     outline_px = OUTLINE_PX[description.dataset]
     names, per_image, missed = [], [], []
-    columns: dict[str, list[object]] = collections.defaultdict(list)
+    columns: dict[str, list[Any]] = collections.defaultdict(list)
     records = map(dataset.record, _with_progress(indices))
     for record, logits in predictor.segment(records, lambda record: record.image):
         mask = native_mask(logits, record.image.shape)
@@ -90,7 +94,39 @@ def evaluate(
         "missed": missed,
         "model": to_dict(description.model),
     }
-    return write_metrics(output, names, per_image, columns=columns, run=run)
+    metrics = write_metrics(output, names, per_image, columns=columns, run=run)
+    curves = checkpoint / "curves.png"
+    write_report(
+        output / "report.html",
+        metrics,
+        per_image,
+        list(zip(columns["hc_mm"], columns["hc_reference_mm"], strict=True)),
+        _worst_cases(output, dataset, indices, per_image, outline_px),
+        curves=curves.read_bytes() if curves.is_file() else None,
+    )
+    return metrics
+
+
+def _worst_cases(
+    output: Path,
+    dataset: Dataset,
+    indices: Sequence[int],
+    per_image: Sequence[Mapping[str, float]],
+    outline_px: float,
+) -> list[WorstCase]:
+    """Draws the images of lowest Dice, from the masks that were written."""
+    order = sorted(range(len(indices)), key=lambda i: per_image[i]["dice"])
+    cases = []
+    for position in order[:WORST_CASES]:
+        record = dataset.record(indices[position])
+        mask = read_gray(output / "masks" / f"{record.name}.png") > 0
+        picture = pictures.overlay(record.image, prediction=mask, truth=record.mask > 0)
+        head = measure_head(mask, record.pixel_size_mm, outline_px=outline_px)
+        if head:
+            picture = pictures.draw_ellipse(picture, head.ellipse)
+        metrics = per_image[position]
+        cases.append(WorstCase(record.name, metrics["dice"], metrics["hc_error_mm"], picture))
+    return cases
 
 
 def _check_has_split(checkpoint: Path, split: str) -> None:

@@ -41,6 +41,8 @@ def test_every_image_is_measured_at_native_size(tiny_hc18, tmp_path):
     checkpoint, output = save(tmp_path / "checkpoint"), tmp_path / "out"
     metrics = evaluate(checkpoint, output, data_dir=tiny_hc18)
     assert json.loads((output / "metrics.json").read_text()) == metrics
+    page = (output / "report.html").read_text()
+    assert page.count("data:image/jpeg") == len(NAMES) and "<h2>Training</h2>" not in page
     assert sorted(path.name for path in (output / "masks").iterdir()) == sorted(
         f"{name}.png" for name in NAMES
     )
