@@ -1,13 +1,13 @@
-"""Reading, resizing and scaling images: the one preprocessing of training, evaluation, prediction.
+"""Reading and resizing images: the one preprocessing of training, evaluation and prediction.
 
-An image is grey, uint8, "height width" until `to_network_input`; a mask is uint8 0/255.
+An image is grey, uint8, "height width"; a mask is uint8 0/255. The device scales to [0, 1].
 """
 
 from pathlib import Path
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import UInt8
 
 from fetal_flax.errors import InputError
 
@@ -80,14 +80,6 @@ def resize_mask(
     by half a pixel.
     """
     return cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-
-
-def to_network_input(
-    image: UInt8[np.ndarray, "height width"], *, channels: int = 1
-) -> Float32[np.ndarray, "height width channels"]:
-    """Scales an image to [0, 1] and repeats it over `channels`."""
-    scaled = image.astype(np.float32) / np.float32(255)
-    return np.repeat(scaled[..., None], channels, axis=-1)
 
 
 def _luma(image: np.ndarray) -> UInt8[np.ndarray, "height width"]:

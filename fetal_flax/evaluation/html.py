@@ -48,6 +48,7 @@ img { max-width: 100%; height: auto; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
 .wide { grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
 td + td { white-space: nowrap; }
+@media (max-width: 30rem) { table { font-size: .85rem; } }
 figure { margin: 0; } figcaption { font-size: .85rem; color: #555; }
 .key span { padding: 0 .4em; margin-right: .4em; border-radius: .2em; background: #333; }
 """

@@ -95,10 +95,3 @@ def test_halving_a_mask_is_symmetric():
     mask[0, 3:9] = 255
     small = images.resize_mask(mask, (1, 4))
     np.testing.assert_array_equal(small, small[:, ::-1])
-
-
-def test_network_input():
-    scaled = images.to_network_input(np.array([[0, 51, 255]], np.uint8), channels=3)
-    assert scaled.dtype == np.float32
-    assert scaled.shape == (1, 3, 3)
-    np.testing.assert_allclose(scaled[0, :, 2], [0, 0.2, 1])

@@ -54,8 +54,8 @@ def _changed(pair: Pair, name: str, factor: float) -> Pair:
     [
         (DESCRIBED, 1, (320, 224)),
         (PUBLISHED, 4, (256, 256)),
-        (MOBILENET_UNET, 1, (256, 256)),
-        (UNET, 4, (320, 224)),
+        (MOBILENET_UNET, 4, (320, 224)),
+        (UNET, 1, (256, 256)),
     ],
     ids=lambda value: value.title if isinstance(value, ModelConfig) else str(value),
 )
