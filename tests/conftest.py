@@ -5,6 +5,7 @@ import csv
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports jax.
@@ -17,6 +18,8 @@ import jax
 import numpy as np
 import pytest
 import torch
+
+from fetal_flax.data.pipeline import Batch
 
 # Many tests compile the same step; pytest-xdist's workers and children that run train.py share it.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -52,6 +55,32 @@ def shared_dir() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """XLA without most optimizations; off again after the module, since others must round alike."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def make_batch() -> Callable[..., Batch]:
+    """Makes a batch of noise with a bright rectangle in each image, and the rectangles."""
+
+    def make(count: int, height: int, width: int, seed: int = 0, *, channels: int = 1) -> Batch:
+        rng = np.random.default_rng(seed)
+        image = rng.integers(0, 120, (count, height, width, channels), np.uint8)
+        mask = np.zeros((count, height, width, 1), np.uint8)
+        for row in mask:
+            top, left = rng.integers(0, height // 2), rng.integers(0, width // 2)
+            row[top : top + height // 2, left : left + width // 2] = 1
+        valid, record = np.ones(count, bool), np.arange(count, dtype=np.int32)
+        return Batch(image + 120 * mask, mask, valid, record)
+
+    return make
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 What the reader itself refuses, instruction by instruction, is in test_torch_file.py.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -12,7 +13,7 @@ import struct
 import subprocess
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,16 @@ def safetensors_tensor(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(1000))
 
 
+@contextlib.contextmanager
+def allocating_less_than(limit: int) -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize(
     ("write", "words"),
     [
@@ -239,12 +250,8 @@ def safetensors_tensor(path: Path) -> None:
 )
 def test_what_a_file_claims_is_not_reserved(refused, write, words):
     write(Path("a.pth"))
-    tracemalloc.start()
-    try:
+    with allocating_less_than(5 * 2**20):
         printed = refused("--source", "a.pth")
-        assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
-    finally:
-        tracemalloc.stop()
     assert "a.pth: " in printed and words in printed
 
 
@@ -253,12 +260,8 @@ def test_the_width_that_the_first_tensor_claims_is_not_reserved(refused, monkeyp
     # The one tensor that the width of a U-Net is read off; 4096 would have 500 GB.
     monkeypatch.setitem(STATE, "inc.double_conv.0.weight", torch.zeros(shape))
     WRITERS["safetensors"](Path("a.pth"))
-    tracemalloc.start()
-    try:
+    with allocating_less_than(200 * 2**20):
         printed = refused("--source", "a.pth")
-        assert tracemalloc.get_traced_memory()[1] < 200 * 2**20
-    finally:
-        tracemalloc.stop()
     assert "a.pth doesn't fit unet" in printed
 
 

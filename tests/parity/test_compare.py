@@ -25,6 +25,7 @@ from fetal_flax.parity.report import failures
 from fetal_flax.parity.run import load_pair, random_pair
 from fetal_flax.parity.settings import ParitySettings
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 POS_WEIGHT = 2.3
 DESCRIBED = ModelConfig()
 PUBLISHED = ModelConfig(variant="published")
@@ -59,9 +60,9 @@ def _changed(pair: Pair, name: str, factor: float) -> Pair:
     ],
     ids=lambda value: value.title if isinstance(value, ModelConfig) else str(value),
 )
-def test_networks_agree_at_their_own_size(make_batches, model, images, size):
+def test_networks_agree_at_their_own_size(make_batch, model, images, size):
     pair = random_pair(TrainConfig(model=model))
-    batches = make_batches(images, *size)
+    batches = [make_batch(images, *size)]
     for comparison in compare(pair, batches, pos_weight=POS_WEIGHT, steps=0):
         assert failures(comparison) == []
         assert comparison.jump is None
@@ -77,9 +78,9 @@ def test_networks_agree_at_their_own_size(make_batches, model, images, size):
     ],
     ids=["frozen", "drifting", "learning"],
 )
-def test_ten_steps_agree_however_the_encoder_is_treated(make_batches, encoder):
+def test_ten_steps_agree_however_the_encoder_is_treated(make_batch, encoder):
     pair = random_pair(TrainConfig(model=DESCRIBED, encoder=encoder))
-    batches = make_batches(2, 64, 96, count=2)
+    batches = [make_batch(2, 64, 96, seed) for seed in range(2)]
     [comparison] = compare(pair, batches, ["float64"], pos_weight=POS_WEIGHT, steps=10)
     assert failures(comparison) == []
     assert len(comparison.steps) == 10
@@ -88,8 +89,8 @@ def test_ten_steps_agree_however_the_encoder_is_treated(make_batches, encoder):
     assert ("encoder" in groups) == encoder.trainable
 
 
-def test_a_small_unet_agrees_and_so_does_its_training(make_batches, small_pair):
-    batches = make_batches(3, 32, 48, count=2)
+def test_a_small_unet_agrees_and_so_does_its_training(make_batch, small_pair):
+    batches = [make_batch(3, 32, 48, seed) for seed in range(2)]
     exact, single = compare(small_pair, batches, pos_weight=POS_WEIGHT, steps=10)
     assert failures(exact) == failures(single) == []
     assert exact.frozen_unchanged
@@ -98,10 +99,10 @@ def test_a_small_unet_agrees_and_so_does_its_training(make_batches, small_pair):
     assert exact.logits_over_std < 1e-12 < single.logits_over_std
 
 
-def test_a_small_unet_for_rgb_agrees_with_dice_over_the_batch(make_batches):
+def test_a_small_unet_for_rgb_agrees_with_dice_over_the_batch(make_batch):
     model = dataclasses.replace(SMALL_UNET.model, in_channels=3)
     pair = random_pair(TrainConfig(model=model, loss=LossConfig(dice_over="batch")))
-    batches = make_batches(3, 32, 48, channels=3)
+    batches = [make_batch(3, 32, 48, channels=3)]
     [exact] = compare(pair, batches, ["float64"], pos_weight=POS_WEIGHT, steps=0)
     assert failures(exact) == []
 
@@ -116,23 +117,23 @@ def test_the_two_dices_differ():
     assert abs(per_image - over_batch) > 0.01
 
 
-def test_torchvisions_encoder_agrees_at_all_five_taps(make_batches, tmp_path):
+def test_torchvisions_encoder_agrees_at_all_five_taps(make_batch, tmp_path):
     network = reference.Encoder(3)
     reference.randomise_norms(network, 0)
     torch.save(network.state_dict(), tmp_path / "mobilenet_v2.pth")
     pair = load_pair(tmp_path / "mobilenet_v2.pth", ParitySettings())
     assert pair.layout == ENCODER
-    batches = make_batches(2, 64, 96, channels=3)
+    batches = [make_batch(2, 64, 96, channels=3)]
     exact, single = compare(pair, batches, pos_weight=POS_WEIGHT, steps=10)
     assert failures(exact) == failures(single) == []
     assert {f"enc{n}" for n in range(1, 6)} <= {row.stage for row in exact.stages}
 
 
-def test_the_real_encoder_agrees_on_real_images(shared_dir, make_batches):
+def test_the_real_encoder_agrees_with_its_real_weights(shared_dir, make_batch):
     path = shared_dir / "weights" / "mobilenet_v2_imagenet_dequantised.pth"
     pair = load_pair(path, ParitySettings())
     [single] = compare(
-        pair, make_batches(1, 256, 256, channels=3), ["float32"], pos_weight=1, steps=0
+        pair, [make_batch(1, 256, 256, channels=3)], ["float32"], pos_weight=1, steps=0
     )
     assert failures(single) == []
 
@@ -140,20 +141,20 @@ def test_the_real_encoder_agrees_on_real_images(shared_dir, make_batches):
 # The measurement.
 
 
-def test_a_changed_tensor_is_found_where_it_acts(make_batches, small_pair):
+def test_a_changed_tensor_is_found_where_it_acts(make_batch, small_pair):
     changed = _changed(small_pair, "stage3/up/kernel", 1.001)
     [comparison] = compare(
-        changed, make_batches(2, 32, 32), ["float64"], pos_weight=POS_WEIGHT, steps=0
+        changed, [make_batch(2, 32, 32)], ["float64"], pos_weight=POS_WEIGHT, steps=0
     )
     assert comparison.jump == "stage3/up"
     assert any("logits" in line for line in failures(comparison))
     assert comparison.logits_over_std is not None and comparison.logits_over_std > 1e-6
 
 
-def test_the_pair_is_not_changed(make_batches, small_pair):
+def test_the_pair_is_not_changed(make_batch, small_pair):
     before = {name: t.clone() for name, t in small_pair.network.state_dict().items()}
     ours = {n: np.array(a) for part in small_pair.variables for n, a in part.items()}
-    compare(small_pair, make_batches(2, 32, 32), ["float32"], pos_weight=1, steps=1)
+    compare(small_pair, [make_batch(2, 32, 32)], ["float32"], pos_weight=1, steps=1)
     for name, tensor in small_pair.network.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     for part in small_pair.variables:
@@ -182,9 +183,9 @@ def test_errors_are_what_they_say():
     assert parity.measure(theirs, theirs) == Error(0, 0, 0)
 
 
-def test_nan_is_an_error_and_beyond_every_limit(small_pair, make_batches):
+def test_nan_is_an_error_and_beyond_every_limit(small_pair, make_batch):
     changed = _changed(small_pair, "head/bias", math.nan)
-    [comparison] = compare(changed, make_batches(1, 32, 32), ["float64"], pos_weight=1, steps=0)
+    [comparison] = compare(changed, [make_batch(1, 32, 32)], ["float64"], pos_weight=1, steps=0)
     assert any("logits" in line for line in failures(comparison))
     assert any("loss" in line for line in failures(comparison))
 
@@ -273,7 +274,7 @@ def test_torchs_optimizer_has_the_runs_settings():
     assert counts == [156, len(list(network.parameters())) - 156]
 
 
-def test_computing_in_float64_ends_with_the_comparison(small_pair, make_batches):
-    compare(small_pair, make_batches(1, 32, 32), ["float64"], pos_weight=1, steps=0)
+def test_computing_in_float64_ends_with_the_comparison(small_pair, make_batch):
+    compare(small_pair, [make_batch(1, 32, 32)], ["float64"], pos_weight=1, steps=0)
     assert jax.numpy.ones(1).dtype == np.float32
     assert isinstance(small_pair.variables, Variables)

@@ -13,6 +13,7 @@ from fetal_flax.config import ModelConfig
 from fetal_flax.conversion import convert
 from fetal_flax.parity import reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODEL = ModelConfig(name="unet", base_width=4)
 
 

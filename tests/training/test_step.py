@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,8 @@ from fetal_flax.training import losses
 from fetal_flax.training.sharding import create_mesh, replicated
 from fetal_flax.training.step import Steps, TrainState, create_state, create_steps
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 POS_WEIGHT = 2.3
 UNET = TrainConfig(
     model=ModelConfig(name="unet", base_width=4), optimizer=OptimizerConfig(learning_rate=3e-3)
@@ -31,26 +33,6 @@ DEFAULT = TrainConfig()
 class Run(NamedTuple):
     state: TrainState
     metrics: list[dict[str, float]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-def _batch(count: int, height: int, width: int, seed: int = 0) -> Batch:
-    """Noise with a bright rectangle, and the rectangle."""
-    rng = np.random.default_rng(seed)
-    image = rng.integers(0, 120, (count, height, width, 1), np.uint8)
-    mask = np.zeros_like(image)
-    for row in mask:
-        top, left = rng.integers(0, height // 2), rng.integers(0, width // 2)
-        row[top : top + height // 2, left : left + width // 2] = 1
-    valid, record = np.ones(count, bool), np.arange(count, dtype=np.int32)
-    return Batch(image + 120 * mask, mask, valid, record)
 
 
 def _variables(config: TrainConfig, dtype: Any = jnp.float32) -> Variables:
@@ -135,26 +117,26 @@ def _assert_devices_agree_in_float32(
 
 
 @pytest.mark.parametrize("dice_over", ["image", pytest.param("batch", marks=pytest.mark.slow)])
-def test_one_and_eight_devices_agree(dice_over):
+def test_one_and_eight_devices_agree(dice_over, make_batch):
     config = TrainConfig(model=UNET.model, loss=LossConfig(dice_over=dice_over))
-    _assert_devices_agree_in_float64(config, [_batch(8, 32, 16, seed) for seed in range(3)])
+    _assert_devices_agree_in_float64(config, [make_batch(8, 32, 16, seed) for seed in range(3)])
 
 
 @pytest.mark.slow
-def test_one_and_eight_devices_agree_in_float32():
-    batches = [_batch(8, 32, 32, seed) for seed in range(3)]
+def test_one_and_eight_devices_agree_in_float32(make_batch):
+    batches = [make_batch(8, 32, 32, seed) for seed in range(3)]
     _assert_devices_agree_in_float32(TrainConfig(model=UNET.model), batches, devices=8)
 
 
 @pytest.mark.slow
-def test_one_and_eight_devices_agree_on_the_default_network():
-    batches = [_batch(8, 64, 64, seed) for seed in range(3)]
+def test_one_and_eight_devices_agree_on_the_default_network(make_batch):
+    batches = [make_batch(8, 64, 64, seed) for seed in range(3)]
     _assert_devices_agree_in_float64(DEFAULT, batches)
     # On two cores, XLA's thread pool deadlocks with this network in float32 on eight devices.
     _assert_devices_agree_in_float32(DEFAULT, batches, devices=2)
 
 
-def test_a_step_is_traced_once_whatever_the_learning_rate(monkeypatch):
+def test_a_step_is_traced_once_whatever_the_learning_rate(monkeypatch, make_batch):
     traced, apply = [], functional.apply
 
     def record(*arguments, **keywords):
@@ -167,18 +149,18 @@ def test_a_step_is_traced_once_whatever_the_learning_rate(monkeypatch):
     state = create_state(UNET, _variables(UNET), mesh)
     for rate in (3e-3, 1e-3, 1e-4):
         rates = {"main": jax.device_put(jnp.asarray(rate, jnp.float32), replicated(mesh))}
-        state, _ = steps.train(state._replace(learning_rates=rates), _batch(4, 16, 16))
-        steps.evaluate(Variables(state.params, state.batch_stats), _batch(4, 16, 16, seed=1))
+        state, _ = steps.train(state._replace(learning_rates=rates), make_batch(4, 16, 16))
+        steps.evaluate(Variables(state.params, state.batch_stats), make_batch(4, 16, 16, seed=1))
     assert sorted(traced) == [False, True]
     assert int(state.step) == 3
 
 
-def test_a_step_consumes_its_state_and_leaves_the_variables_alone(unet):
+def test_a_step_consumes_its_state_and_leaves_the_variables_alone(unet, make_batch):
     mesh, steps = unet
     variables = _variables(UNET)
     before = _host(variables)
     state = create_state(UNET, variables, mesh)
-    steps.train(state, _batch(2, 16, 16))
+    steps.train(state, make_batch(2, 16, 16))
     assert all(array.is_deleted() for array in state.params.values())
     assert all(array.is_deleted() for array in state.batch_stats.values())
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
@@ -187,11 +169,11 @@ def test_a_step_consumes_its_state_and_leaves_the_variables_alone(unet):
     _assert_identical(variables.batch_stats, before.batch_stats)
 
 
-def test_loss_falls_on_a_fixed_batch(unet):
+def test_loss_falls_on_a_fixed_batch(unet, make_batch):
     mesh, steps = unet
     state, falling = create_state(UNET, _variables(UNET), mesh), []
     for _ in range(5):
-        state, metrics = steps.train(state, _batch(2, 16, 16))
+        state, metrics = steps.train(state, make_batch(2, 16, 16))
         falling.append(float(metrics["loss"]))
     assert falling == sorted(falling, reverse=True)
     assert falling[-1] < 0.95 * falling[0]
@@ -199,9 +181,9 @@ def test_loss_falls_on_a_fixed_batch(unet):
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_metrics_and_statistics_are_those_of_the_batch(unet, train):
+def test_metrics_and_statistics_are_those_of_the_batch(unet, train, make_batch):
     mesh, steps = unet
-    batch, variables = _batch(2, 16, 16), _variables(UNET)
+    batch, variables = make_batch(2, 16, 16), _variables(UNET)
     images, masks = jnp.float32(batch.image) / 255, jnp.float32(batch.mask)
     logits, batch_stats = jax.jit(lambda v, x: functional.apply(UNET.model, v, x, train=train))(
         variables, images
@@ -220,9 +202,9 @@ def test_metrics_and_statistics_are_those_of_the_batch(unet, train):
     np.testing.assert_allclose(metrics["dice"], dice, rtol=1e-5)
 
 
-def test_padded_rows_of_an_evaluation_batch_change_nothing(unet):
+def test_padded_rows_of_an_evaluation_batch_change_nothing(unet, make_batch):
     _, steps = unet
-    variables, batch, results = _variables(UNET), _batch(2, 16, 16), []
+    variables, batch, results = _variables(UNET), make_batch(2, 16, 16), []
     for filler in (0, 1):
         padded = Batch(
             np.concatenate([batch.image, np.full_like(batch.image, 255 * filler)]),
@@ -241,7 +223,9 @@ def _encoder(arrays: dict) -> dict:
     return {name: array for name, array in arrays.items() if name.startswith("encoder/")}
 
 
-def _steps_with_encoder(encoder: EncoderConfig) -> tuple[Variables, TrainState]:
+def _steps_with_encoder(
+    encoder: EncoderConfig, make_batch: Callable[..., Batch]
+) -> tuple[Variables, TrainState]:
     """Two steps of the smallest network with an encoder, negative zeros in it."""
     config = TrainConfig(
         model=ModelConfig(name="mobilenet_unet"),
@@ -256,7 +240,7 @@ def _steps_with_encoder(encoder: EncoderConfig) -> tuple[Variables, TrainState]:
     steps = create_steps(config, POS_WEIGHT, mesh)
     state = create_state(config, variables, mesh)
     for seed in range(2):
-        state, _ = steps.train(state, _batch(2, 32, 32, seed))
+        state, _ = steps.train(state, make_batch(2, 32, 32, seed))
     return before, _host(state)
 
 
@@ -264,8 +248,8 @@ def _moved(before: dict, after: dict) -> set[str]:
     return {name for name in before if before[name].tobytes() != after[name].tobytes()}
 
 
-def test_a_frozen_encoder_stays_bit_for_bit():
-    before, after = _steps_with_encoder(EncoderConfig())
+def test_a_frozen_encoder_stays_bit_for_bit(make_batch):
+    before, after = _steps_with_encoder(EncoderConfig(), make_batch)
     _assert_identical(_encoder(before.params), _encoder(after.params))
     _assert_identical(_encoder(before.batch_stats), _encoder(after.batch_stats))
     kernels = {name for name in before.params if name.endswith("kernel")}
@@ -274,15 +258,17 @@ def test_a_frozen_encoder_stays_bit_for_bit():
 
 
 @pytest.mark.slow
-def test_a_frozen_encoder_with_batch_statistics_drifts_in_them_alone():
-    before, after = _steps_with_encoder(EncoderConfig(frozen_batch_norm="batch"))
+def test_a_frozen_encoder_with_batch_statistics_drifts_in_them_alone(make_batch):
+    before, after = _steps_with_encoder(EncoderConfig(frozen_batch_norm="batch"), make_batch)
     _assert_identical(_encoder(before.params), _encoder(after.params))
     assert _moved(before.batch_stats, after.batch_stats) == before.batch_stats.keys()
 
 
 @pytest.mark.slow
-def test_a_trainable_encoder_learns_at_its_own_rate():
-    before, after = _steps_with_encoder(EncoderConfig(trainable=True, learning_rate=1e-5))
+def test_a_trainable_encoder_learns_at_its_own_rate(make_batch):
+    before, after = _steps_with_encoder(
+        EncoderConfig(trainable=True, learning_rate=1e-5), make_batch
+    )
     change = {
         name: np.abs(after.params[name] - before.params[name]).max() for name in before.params
     }
@@ -294,7 +280,7 @@ def test_a_trainable_encoder_learns_at_its_own_rate():
 
 
 @pytest.mark.slow
-def test_every_step_drops_out_differently_and_a_repeat_the_same():
+def test_every_step_drops_out_differently_and_a_repeat_the_same(make_batch):
     config = TrainConfig(optimizer=OptimizerConfig(learning_rate=1e-30))
     mesh = create_mesh(jax.devices()[:1])
     steps, variables = create_steps(config, POS_WEIGHT, mesh), _variables(config)
@@ -302,7 +288,7 @@ def test_every_step_drops_out_differently_and_a_repeat_the_same():
     for _ in range(2):
         state, runs = create_state(config, variables, mesh), [*runs, []]
         for _ in range(2):
-            state, metrics = steps.train(state, _batch(2, 32, 32))
+            state, metrics = steps.train(state, make_batch(2, 32, 32))
             runs[-1].append(float(metrics["loss"]))
     assert runs[0] == runs[1]
     assert runs[0][0] != runs[0][1]
