@@ -6,8 +6,9 @@ Commands import what they need when they run: `--help` should not wait for JAX.
 import argparse
 import dataclasses
 import importlib.util
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +30,10 @@ class Train:
     config: Path = CONFIGS / "phantom.py"
     """File whose `config()` gives the settings; a resumed run takes its workdir's."""
     workdir: Path | None = None
-    """Where everything goes; runs/NAME by default."""
+    """Where everything goes; by default runs/NAME, or runs/NAME-folds/fold-K with --fold K."""
+    fold: int | None = None
+    """Train one fold of a cross-validation, counted from 0 (data.folds, or 5); the command
+    cross-validate trains those that are missing and reports on all."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on behind the last complete epoch in the workdir."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -37,13 +41,35 @@ class Train:
 
     def run(self) -> int:
         """Trains, or prints the plan."""
-        from fetal_flax.training import loop, plan
+        from fetal_flax.training import cross_validation, loop, plan
 
-        workdir = self.workdir or Path("runs", self.settings.name)
+        settings, workdir = self.settings, Path("runs", self.settings.name)
+        if self.fold is not None:
+            settings = cross_validation.with_fold(settings, self.fold)
+            workdir = cross_validation.fold_folder(_folds_workdir(settings), self.fold)
         if self.dry_run:
-            plan.dry_run(self.settings)
+            plan.dry_run(settings)
         else:
-            loop.train(self.settings, workdir, resume=self.resume)
+            loop.train(settings, self.workdir or workdir, resume=self.resume)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossValidate:
+    """Train every fold and report on all images, each held out once; goes on where it stopped."""
+
+    settings: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config: Path = CONFIGS / "phantom.py"
+    """File whose `config()` gives the settings."""
+    workdir: Path | None = None
+    """Where everything goes; runs/NAME-folds by default."""
+
+    def run(self) -> int:
+        """Trains and evaluates, and prints the headline."""
+        from fetal_flax.training.cross_validation import cross_validate
+
+        workdir = self.workdir or _folds_workdir(self.settings)
+        _print_headline(cross_validate(self.settings, workdir), workdir)
         return 0
 
 
@@ -107,23 +133,17 @@ class Evaluate:
     """HC18 folder in the official layout; without it, the data that the run was trained on."""
     split: Literal["train", "validation", "all"] = "all"
     """Which side of the run's split."""
+    tta: Literal["none", "flip"] = "none"
+    """Test-time augmentation: `flip` averages each image with its mirror image."""
 
     def run(self) -> int:
         """Evaluates, and prints the headline."""
         from fetal_flax.evaluation.evaluate import evaluate
 
-        metrics = evaluate(self.checkpoint, self.output, data_dir=self.data_dir, split=self.split)
-        for name, values in metrics.items():
-            if name not in ("n", "run"):
-                print(f"{name:16s} {values['mean']:8.4f} ± {values['std']:.4f}")
-        missed = metrics["run"]["missed"]
-        print(
-            f"no head was found in {len(missed)} images" + f": {', '.join(missed)}" * bool(missed)
+        metrics = evaluate(
+            self.checkpoint, self.output, data_dir=self.data_dir, split=self.split, tta=self.tta
         )
-        print(
-            f"{metrics['n']} images; report.html, metrics.json, per_image.csv and masks are in "
-            f"{self.output}"
-        )
+        _print_headline(metrics, self.output)
         return 0
 
 
@@ -134,12 +154,15 @@ class Predict:
     checkpoint: Path
     """Training workdir (its best checkpoint) or converted directory."""
     input: Path
-    """Image, or folder of images."""
+    """Image (PNG, JPEG, BMP, TIFF, DICOM), or folder of images."""
     output: Path
     """Folder for the results."""
     pixel_size_csv: Path | None = None
     """CSV with the columns `filename` and `pixel size(mm)`, as HC18 has it; without it, heads are
-    measured in pixels alone."""
+    measured in pixels alone, but for DICOM files, which tell."""
+    tta: Literal["none", "flip"] = "none"
+    """Test-time augmentation: `flip` averages each image with its mirror image, and
+    measurements.csv has how far the two are apart."""
     save_logits: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write logits/NAME.npy too: float32 at the network's size, before the sigmoid."""
 
@@ -153,6 +176,7 @@ class Predict:
             self.output,
             pixel_size_csv=self.pixel_size_csv,
             save_logits=self.save_logits,
+            tta=self.tta,
         )
         for problem in report.failed:
             print(f"fetal-flax predict: {problem}", file=sys.stderr)
@@ -160,6 +184,10 @@ class Predict:
             f"{len(report.predicted)} images segmented; masks, overlays and measurements.csv are "
             f"in {self.output}"
         )
+        if report.flagged:
+            print(
+                f"look at {len(report.flagged)} of them (column flags): {', '.join(report.flagged)}"
+            )
         return 2 if report.failed else 0
 
 
@@ -175,12 +203,16 @@ class Submission:
     """Its test_set_pixel_size.csv."""
     output: Path = Path("submission.csv")
     """The CSV to write."""
+    tta: Literal["none", "flip"] = "none"
+    """Test-time augmentation: `flip` averages each image with its mirror image."""
 
     def run(self) -> int:
         """Measures; 2 if an image has no row."""
         from fetal_flax.inference.submission import submission
 
-        report = submission(self.checkpoint, self.input, self.pixel_size_csv, self.output)
+        report = submission(
+            self.checkpoint, self.input, self.pixel_size_csv, self.output, tta=self.tta
+        )
         for problem in report.problems:
             print(f"fetal-flax submission: {problem}", file=sys.stderr)
         print(f"{report.measured} heads are in {self.output}")
@@ -245,6 +277,7 @@ class Summarize:
 
 COMMANDS: dict[str, Any] = {
     "train": Train,
+    "cross-validate": CrossValidate,
     "convert": Convert,
     "evaluate": Evaluate,
     "predict": Predict,
@@ -265,8 +298,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done; 2 bad input, which a sentence on stderr names; 130 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # Orbax and Grain warn of their own settings, which no user can act on.
+    # Orbax and Grain warn of their own settings, which no user can act on; OpenCV of broken files,
+    # which our own sentences name.
     absl.logging.set_verbosity(absl.logging.ERROR)
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     name = next((name for name in COMMANDS if arguments[: name.count(" ") + 1] == name.split()), "")
     if not name:
         print(_usage(), file=sys.stderr if arguments not in (["-h"], ["--help"]) else sys.stdout)
@@ -303,12 +338,13 @@ def load_config(path: Path) -> TrainConfig:
 
 def _parse(name: str, flags: list[str]) -> Any:
     command = COMMANDS[name]
-    default = _train_default(flags) if command is Train else tyro.MISSING_NONPROP
+    has_settings = command in (Train, CrossValidate)
+    default = command(_settings(flags)) if has_settings else tyro.MISSING_NONPROP
     return tyro.cli(command, prog=f"fetal-flax {name}", args=flags, default=default)
 
 
-def _train_default(flags: list[str]) -> Train:
-    """Returns `train` with the settings that the flags are to override."""
+def _settings(flags: list[str]) -> TrainConfig:
+    """Returns the settings of a run before the flags override single ones."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--workdir", type=Path)
@@ -317,11 +353,27 @@ def _train_default(flags: list[str]) -> Train:
     if known.resume and known.workdir and not known.config:
         from fetal_flax.training.loop import read_config
 
-        return Train(read_config(known.workdir))
-    return Train(load_config(known.config or Train.config))
+        return read_config(known.workdir)
+    return load_config(known.config or Train.config)
+
+
+def _folds_workdir(settings: TrainConfig) -> Path:
+    return Path("runs", f"{settings.name}-folds")
+
+
+def _print_headline(metrics: Mapping[str, Any], output: Path) -> None:
+    """Prints what an evaluation measured, and where the rest is."""
+    for name, values in metrics.items():
+        if name not in ("n", "by", "run"):
+            print(f"{name:16s} {values['mean']:8.4f} ± {values['std']:.4f}")
+    missed = metrics["run"]["missed"]
+    print(f"no head was found in {len(missed)} images" + f": {', '.join(missed)}" * bool(missed))
+    print(
+        f"{metrics['n']} images; report.html, metrics.json, per_image.csv and masks are in {output}"
+    )
 
 
 def _usage() -> str:
     lines = ["usage: fetal-flax COMMAND [FLAGS]; fetal-flax COMMAND --help tells its flags", ""]
-    lines += [f"  {name:13s} {command.__doc__}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:14s} {command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(lines)

@@ -26,6 +26,8 @@ def test_an_unknown_command_is_bad_input(capsys):
         (["convert", "--source", "missing.pth", "--output", "out"], "missing.pth"),
         (["evaluate", "--checkpoint", "missing", "--output", "out"], "missing"),
         (["predict", "--checkpoint", "missing", "--input", "x.png", "--output", "out"], "x.png"),
+        (["train", "--fold", "5"], "data.fold"),
+        (["cross-validate", "--encoder.weights", "missing.pth"], "missing.pth"),
         (["data", "prepare", "--source", "missing"], "missing"),
         (["summary", "--model", "vnet"], "vnet"),
     ],

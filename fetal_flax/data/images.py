@@ -3,13 +3,20 @@
 An image is grey, uint8, "height width"; a mask is uint8 0/255. The device scales to [0, 1].
 """
 
+import io
 from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL.Image
 from jaxtyping import UInt8
 
 from fetal_flax.errors import InputError
+
+MAX_PIXELS = 2**25
+"""A file that claims more pixels than this, four 4K frames, is refused before it is decoded."""
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
+_NO_IMAGE = "is not an image that can be read: expected PNG, JPEG, BMP or TIFF"
 
 
 def read_gray(path: Path | str) -> UInt8[np.ndarray, "height width"]:
@@ -20,21 +27,44 @@ def read_gray(path: Path | str) -> UInt8[np.ndarray, "height width"]:
             an alpha channel is dropped.
 
     Raises:
-        InputError: The file is missing, is a directory, can't be read or isn't an image.
+        InputError: The file is missing, is a directory, can't be read, isn't an image, holds more
+            than one or has more than `MAX_PIXELS`.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a directory, not an image file")
+    check_is_file(path)
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"no such image file: {path}") from None
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror or error}") from None
     try:
+        _check_header(data)
         return decode_gray(data)
     except InputError as error:
         raise InputError(f"{path} {error}") from None
+
+
+def check_is_file(path: Path) -> None:
+    """Refuses what is no file to read from; a pipe would wait for ever.
+
+    Raises:
+        InputError: There is nothing at `path`, or a directory, a pipe, a device.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a directory, not an image file")
+    if not path.exists():
+        raise InputError(f"no such image file: {path}")
+    if not path.is_file():
+        raise InputError(f"{path} is no regular file: give an image file")
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuses images of more than `MAX_PIXELS`.
+
+    Raises:
+        InputError: The image is too large; the message is to follow the file's name.
+    """
+    if height * width > MAX_PIXELS:
+        raise InputError(f"has more than {MAX_PIXELS:,} pixels: crop or shrink it")
 
 
 def decode_gray(data: bytes) -> UInt8[np.ndarray, "height width"]:
@@ -43,14 +73,12 @@ def decode_gray(data: bytes) -> UInt8[np.ndarray, "height width"]:
     Raises:
         InputError: The bytes are no image; the message is to follow the file's name.
     """
-    if not data:
-        raise InputError("is empty: expected a PNG, JPEG, BMP or TIFF image")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:
+    except cv2.error:  # No data at all.
         image = None
     if image is None:
-        raise InputError("is not an image that can be read: expected PNG, JPEG, BMP or TIFF")
+        raise InputError(_NO_IMAGE)
     if image.dtype == np.uint16:
         image = (image // 257).astype(np.uint8)  # 65535 is 255 * 257.
     if image.dtype != np.uint8:
@@ -80,6 +108,24 @@ def resize_mask(
     by half a pixel.
     """
     return cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def _check_header(data: bytes) -> None:
+    """Refuses files that would decode to something huge, and those that hold several images."""
+    width, height, images = 0, 0, 1
+    try:
+        # Reads the header and decodes nothing.
+        with PIL.Image.open(io.BytesIO(data), formats=_FORMATS) as header:
+            width, height = header.size
+            if header.format in ("PNG", "TIFF"):
+                images = getattr(header, "n_frames", 1)
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
+        check_size(MAX_PIXELS, MAX_PIXELS)
+    except Exception:  # Pillow's parsers let many kinds through.
+        raise InputError(_NO_IMAGE) from None
+    check_size(height, width)
+    if images > 1:
+        raise InputError(f"holds {images} images: save each as a file of its own")
 
 
 def _luma(image: np.ndarray) -> UInt8[np.ndarray, "height width"]:

@@ -1,6 +1,5 @@
 """`fetal-flax evaluate`: a network's masks against annotated ones, at native size."""
 
-import collections
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,22 +12,48 @@ from fetal_flax import checkpoints
 from fetal_flax.checkpoints import Description
 from fetal_flax.config import DataConfig, from_dict, to_dict
 from fetal_flax.data import splits
-from fetal_flax.data.builders import Dataset, open_dataset
+from fetal_flax.data.builders import Dataset, Record, open_dataset
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation import pictures
-from fetal_flax.evaluation.head import OUTLINE_PX, measure_head
+from fetal_flax.evaluation.gestation import trimester
+from fetal_flax.evaluation.head import OUTLINE_PX, largest_region, measure_head
 from fetal_flax.evaluation.html import WORST_CASES, WorstCase, write_report
 from fetal_flax.evaluation.metrics import segmentation_metrics
-from fetal_flax.evaluation.report import write_mask, write_metrics
+from fetal_flax.evaluation.quality import assess
+from fetal_flax.evaluation.report import Row, write_mask, write_metrics
 from fetal_flax.evaluation.surface import surface_distances
-from fetal_flax.inference.predictor import Predictor, native_mask
+from fetal_flax.inference.predictor import (
+    Predictor,
+    TestTimeAugmentation,
+    Views,
+    mean_logits,
+    native_mask,
+)
 
 SplitName = Literal["train", "validation", "all"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A network's results on images of a data set; their masks are written."""
+
+    dataset: Dataset
+    indices: Sequence[int]
+    """Of the images in the data set."""
+    rows: Sequence[Row]
+    """One for each of `indices`."""
+    run: Mapping[str, Any]
+    """What was evaluated, as JSON values."""
+
+
 def evaluate(
-    checkpoint: Path, output: Path, *, data_dir: Path | None = None, split: SplitName = "all"
+    checkpoint: Path,
+    output: Path,
+    *,
+    data_dir: Path | None = None,
+    split: SplitName = "all",
+    tta: TestTimeAugmentation = "none",
 ) -> dict[str, Any]:
     """Segments annotated images and measures how well masks and head circumferences match.
 
@@ -43,6 +68,7 @@ def evaluate(
         data_dir: HC18 folder; None takes the data set that the checkpoint was trained with.
         split: Which side of the training run's own split; `all` includes the images that the
             network was trained with, where the run had them.
+        tta: `flip` averages the probabilities with those of the mirror image.
 
     Returns:
         What `metrics.json` holds.
@@ -52,37 +78,35 @@ def evaluate(
             asked for; the data set isn't given, can't be used or lacks images of the split; or a
             result can't be written.
     """
+    measured = measure(checkpoint, output, data_dir=data_dir, split=split, tta=tta)
+    curves = checkpoint / "curves.png"
+    return write_results(output, measured, curves=[curves] if curves.is_file() else [])
+
+
+def measure(
+    checkpoint: Path,
+    output: Path,
+    *,
+    data_dir: Path | None = None,
+    split: SplitName = "all",
+    tta: TestTimeAugmentation = "none",
+) -> Measured:
+    """Writes the masks and returns the rest: `evaluate` without the summary.
+
+    The arguments and errors are those of `evaluate`.
+    """
     variables, description = checkpoints.load(checkpoint)
     if split != "all":
         _check_has_split(checkpoint, split)
     data, seed = _data_settings(checkpoint, description, data_dir)
     dataset = open_dataset(data, seed)
     indices = _indices(checkpoint, dataset, split)
-    predictor = Predictor(description.model, variables, description.image_size)
+    predictor = Predictor(description.model, variables, description.image_size, tta=tta)
     outline_px = OUTLINE_PX[description.dataset]
-    names, per_image, missed = [], [], []
-    columns: dict[str, list[Any]] = collections.defaultdict(list)
+    rows = []
     records = map(dataset.record, _with_progress(indices))
-    for record, logits in predictor.segment(records, lambda record: record.image):
-        mask = native_mask(logits, record.image.shape)
-        write_mask(output / "masks" / f"{record.name}.png", mask)
-        truth, pixel_size = record.mask > 0, record.pixel_size_mm
-        head = measure_head(mask, pixel_size, outline_px=outline_px)
-        circumference = head.circumference_mm if head else 0.0
-        if head is None:
-            missed.append(record.name)
-        error = circumference - record.head_circumference_mm
-        names.append(record.name)
-        per_image.append(
-            segmentation_metrics(mask, truth)
-            | surface_distances(mask, truth, pixel_size)
-            | {"hc_error_mm": error, "hc_abs_error_mm": abs(error)}
-        )
-        columns["hc_mm"].append(circumference)
-        columns["hc_reference_mm"].append(record.head_circumference_mm)
-        columns["pixel_size_mm"].append(pixel_size)
-        columns["touches_border"].append(bool(head and head.touches_border))
-        columns["components"].append(head.components if head else 0)
+    for record, views in predictor.segment(records, lambda record: record.image):
+        rows.append(_measure_record(output, record, views, outline_px))
     run = {
         "checkpoint": str(checkpoint),
         "epoch": _epoch(description),
@@ -90,41 +114,83 @@ def evaluate(
         "dataset": data.dataset,
         "data_dir": data.data_dir,
         "image_size": list(description.image_size),
+        "tta": tta,
         "outline_px": outline_px,
-        "missed": missed,
         "model": to_dict(description.model),
     }
-    metrics = write_metrics(output, names, per_image, columns=columns, run=run)
-    curves = checkpoint / "curves.png"
-    write_report(
-        output / "report.html",
-        metrics,
-        per_image,
-        list(zip(columns["hc_mm"], columns["hc_reference_mm"], strict=True)),
-        _worst_cases(output, dataset, indices, per_image, outline_px),
-        curves=curves.read_bytes() if curves.is_file() else None,
-    )
+    return Measured(dataset, indices, rows, run)
+
+
+def write_results(
+    output: Path, measured: Measured, *, curves: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Writes `metrics.json`, `per_image.csv` and `report.html` beside the masks.
+
+    Args:
+        output: The folder that `measure` wrote the masks to.
+        measured: What it returned.
+        curves: PNG files with training curves to show.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        InputError: There are no images, or a file can't be written.
+    """
+    rows = measured.rows
+    missed = [row.name for row in rows if row.columns["hc_mm"] == 0]
+    metrics = write_metrics(output, rows, run={**measured.run, "missed": missed})
+    cases = _worst_cases(output, measured)
+    pictures_of_curves = [path.read_bytes() for path in curves]
+    write_report(output / "report.html", metrics, rows, cases, curves=pictures_of_curves)
     return metrics
 
 
-def _worst_cases(
-    output: Path,
-    dataset: Dataset,
-    indices: Sequence[int],
-    per_image: Sequence[Mapping[str, float]],
-    outline_px: float,
-) -> list[WorstCase]:
+def _measure_record(output: Path, record: Record, views: Views, outline_px: float) -> Row:
+    """Writes one image's mask and returns its row."""
+    logits = mean_logits(views)
+    mask = native_mask(logits, record.image.shape)
+    write_mask(output / "masks" / f"{record.name}.png", mask)
+    truth, pixel_size, reference = (
+        record.mask > 0,
+        record.pixel_size_mm,
+        record.head_circumference_mm,
+    )
+    head = measure_head(mask, pixel_size, outline_px=outline_px)
+    circumference = head.circumference_mm if head else 0.0
+    error = circumference - reference
+    quality = assess(logits, head)
+    return Row(
+        record.name,
+        segmentation_metrics(mask, truth)
+        | surface_distances(mask, truth, pixel_size)
+        | {"hc_error_mm": error, "hc_abs_error_mm": abs(error)},
+        {
+            "hc_mm": circumference,
+            "hc_reference_mm": reference,
+            "pixel_size_mm": pixel_size,
+            "trimester": trimester(reference),
+            "touches_border": bool(head and head.touches_border),
+            "components": head.components if head else largest_region(mask)[1],
+            "ellipse_agreement": head.ellipse_agreement if head else 0.0,
+            "confidence": quality.confidence,
+            "flags": " ".join(quality.flags),
+        },
+    )
+
+
+def _worst_cases(output: Path, measured: Measured) -> list[WorstCase]:
     """Draws the images of lowest Dice, from the masks that were written."""
-    order = sorted(range(len(indices)), key=lambda i: per_image[i]["dice"])
+    pairs = zip(measured.indices, measured.rows, strict=True)
     cases = []
-    for position in order[:WORST_CASES]:
-        record = dataset.record(indices[position])
+    for index, row in sorted(pairs, key=lambda pair: pair[1].metrics["dice"])[:WORST_CASES]:
+        record = measured.dataset.record(index)
         mask = read_gray(output / "masks" / f"{record.name}.png") > 0
         picture = pictures.overlay(record.image, prediction=mask, truth=record.mask > 0)
-        head = measure_head(mask, record.pixel_size_mm, outline_px=outline_px)
+        head = measure_head(mask, record.pixel_size_mm, outline_px=measured.run["outline_px"])
         if head:
             picture = pictures.draw_ellipse(picture, head.ellipse)
-        metrics = per_image[position]
+        metrics = row.metrics
         cases.append(WorstCase(record.name, metrics["dice"], metrics["hc_error_mm"], picture))
     return cases
 

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from scipy import ndimage
 
 from fetal_flax.data.ellipse import Ellipse
+from fetal_flax.evaluation.metrics import segmentation_metrics
 
 OUTLINE_PX = {"hc18": 1.4, "fetal_phantom": 0.0}
 """By how many pixels the edge of a data set's masks runs outside the ellipse that is measured.
@@ -38,6 +39,9 @@ class Head:
     that part out."""
     components: int
     """Connected regions of the mask; the largest was measured."""
+    ellipse_agreement: float
+    """Dice of the measured region and the ellipse fitted to its edge, within the image: 1 for a
+    region that is an ellipse."""
 
     @property
     def circumference_mm(self) -> float:
@@ -76,7 +80,9 @@ def measure_head(
     ellipse = dataclasses.replace(
         edge, semi_major=edge.semi_major - outline_px, semi_minor=edge.semi_minor - outline_px
     )
-    return Head(ellipse, pixel_size_mm, touches_border, components)
+    filled = edge.filled(*mask.shape) > 0
+    agreement = segmentation_metrics(filled, region)["dice"]
+    return Head(ellipse, pixel_size_mm, touches_border, components, agreement)
 
 
 def largest_region(

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fetal_flax.evaluation.report import Row
 from fetal_flax.files import write_atomically
 
 WORST_CASES = 12
@@ -31,11 +32,33 @@ _HEADLINE = (
     ("hc_error_mm", "DF", "mm", 1, 2),
     ("hc_abs_error_mm", "ADF", "mm", 1, 2),
 )
+# What was measured on HC18's official test set of 335 images, as the papers' abstracts give it:
+# Dice in %, Hausdorff, DF and ADF in mm.
+PUBLISHED = (
+    (
+        "DAG V-Net (Zeng et al. 2021, doi:10.1007/s10278-020-00410-5)",
+        ("97.93", "1.29 ± 0.79", "0.09 ± 2.45", "1.77 ± 1.69"),
+    ),
+    (
+        "Regression CNN (Fiorentino et al. 2021, doi:10.1016/j.cmpb.2020.105771)",
+        ("97.75 ± 1.32", "", "", "1.90 ± 1.76"),
+    ),
+    (
+        "FCN and ellipse (Al-Bander et al. 2020, doi:10.1007/978-3-030-39343-4_12)",
+        ("97.73 ± 1.32", "", "", ""),
+    ),
+)
 _LEGEND = (
     "Hausdorff, HD95, ASSD: largest, 95th percentile and mean distance between the boundaries "
     "of the masks. DF, ADF: signed and absolute difference of the head circumference (HC). "
     "Interval: 95 % bootstrap interval of the mean."
 )
+_PUBLISHED_LEGEND = (
+    "Published: on the 335 images of HC18's official test set, as the papers' abstracts give it. "
+    "Its annotations are not public, so ours are other images, and the challenge takes its "
+    "Hausdorff distance between ellipses, ours is between masks: the rows are for orientation."
+)
+_GROUP_TITLES = {"trimester": "By trimester", "fold": "By fold"}
 _STYLE = """
 body { margin: 0 auto; max-width: 68rem; padding: 1rem; color: #222; background: #fff;
        font: 16px/1.5 system-ui, sans-serif; }
@@ -66,46 +89,47 @@ class WorstCase(NamedTuple):
 def write_report(
     path: Path,
     metrics: Mapping[str, Any],
-    per_image: Sequence[Mapping[str, float]],
-    circumferences: Sequence[tuple[float, float]],
+    rows: Sequence[Row],
     worst: Sequence[WorstCase],
     *,
-    curves: bytes | None = None,
+    curves: Sequence[bytes] = (),
 ) -> None:
     """Writes the page.
 
     Args:
         path: The HTML file.
         metrics: What `metrics.json` holds.
-        per_image: The metrics of each image.
-        circumferences: Predicted and reference head circumference of each image, in mm.
+        rows: The images, with the columns that `evaluate` gives them.
         worst: The worst cases, worst first.
-        curves: The training curves as PNG, where there are any.
+        curves: Training curves as PNG, where there are any.
 
     Raises:
         InputError: The file can't be written.
     """
     run = metrics["run"]
     title = f"{run['model']['name']} on {run['dataset']}"
+    circumferences = [[row.columns[name] for row in rows] for name in ("hc_mm", "hc_reference_mm")]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p>{metrics['n']} images, split “{html.escape(run['split'])}”, checkpoint "
-        f"<code>{html.escape(str(run['checkpoint']))}</code>. Network input "
-        f"{run['image_size'][0]}×{run['image_size'][1]}; measured at each image's own size.</p>",
+        _what(metrics),
         _missed(run["missed"]),
         "<h2>Metrics</h2>",
         _headline(metrics),
         f"<p><small>{_LEGEND}</small></p>",
+        _published(metrics) if run["dataset"] == "hc18" else "",
+        *(_groups(_GROUP_TITLES[name], groups) for name, groups in metrics["by"].items()),
         "<h2>Distributions</h2>",
         '<div class="wide grid">',
-        _histogram("Dice", [metrics["dice"] for metrics in per_image], "#0072b2"),
-        _histogram("ADF, mm", [metrics["hc_abs_error_mm"] for metrics in per_image], "#d55e00"),
+        _histogram("Dice", [row.metrics["dice"] for row in rows], "#0072b2"),
+        _histogram("ADF, mm", [row.metrics["hc_abs_error_mm"] for row in rows], "#d55e00"),
         "</div>",
         "<h2>Head circumference</h2>",
         '<div class="wide grid">',
-        _predicted_against_reference(*np.array(circumferences).T),
-        _bland_altman(*np.array(circumferences).T),
+        _predicted_against_reference(*np.array(circumferences)),
+        _bland_altman(*np.array(circumferences)),
         "</div>",
+        "<h2>Flags</h2>",
+        _flags(rows),
         "<h2>Worst cases</h2>",
         '<p class="key"><span style="color:#28dc3c">annotation</span>'
         '<span style="color:#ff00ff">prediction</span>'
@@ -113,7 +137,8 @@ def write_report(
         '<div class="grid">' + "".join(map(_case, worst)) + "</div>",
     ]
     if curves:
-        parts += ["<h2>Training</h2>", _image(curves, "Loss, Dice and learning rate over epochs")]
+        parts.append("<h2>Training</h2>")
+        parts += [_image(png, "Loss, Dice and learning rate over epochs") for png in curves]
     parts.append("<p>For research. Not a medical device.</p>")
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -123,6 +148,17 @@ def write_report(
         + "</body></html>\n"
     )
     write_atomically(path, page.encode())
+
+
+def _what(metrics: Mapping[str, Any]) -> str:
+    run = metrics["run"]
+    augmented = "; averaged over each image and its mirror image" if run["tta"] == "flip" else ""
+    return (
+        f"<p>{metrics['n']} images, split “{html.escape(run['split'])}”, checkpoint "
+        f"<code>{html.escape(str(run['checkpoint']))}</code>. Network input "
+        f"{run['image_size'][0]}×{run['image_size'][1]}{augmented}; measured at each image's own "
+        "size.</p>"
+    )
 
 
 def _missed(names: Sequence[str]) -> str:
@@ -136,16 +172,84 @@ def _missed(names: Sequence[str]) -> str:
 
 
 def _headline(metrics: Mapping[str, Any]) -> str:
-    rows = ["<tr><th></th><th>mean ± std</th><th>median</th><th>interval</th></tr>"]
+    rows = []
     for name, label, unit, factor, digits in _HEADLINE:
         values = metrics[name]
-        mean, std, median = (factor * values[key] for key in ("mean", "std", "median"))
         low, high = (factor * value for value in values["ci95"])
         rows.append(
-            f"<tr><td>{label}, {unit}</td><td>{mean:.{digits}f} ± {std:.{digits}f}</td>"
-            f"<td>{median:.{digits}f}</td><td>{low:.{digits}f} – {high:.{digits}f}</td></tr>"
+            [
+                f"{label}, {unit}",
+                _mean_and_std(metrics, name),
+                f"{factor * values['median']:.{digits}f}",
+                f"{low:.{digits}f} – {high:.{digits}f}",
+            ]
         )
-    return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
+    return _table(["", "mean ± std", "median", "interval"], rows)
+
+
+def _published(metrics: Mapping[str, Any]) -> str:
+    """Puts this evaluation beside what others have published."""
+    ours = ("dice", "hausdorff_mm", "hc_error_mm", "hc_abs_error_mm")
+    rows = [
+        [f"This network, {metrics['n']} images", *(_mean_and_std(metrics, name) for name in ours)],
+        *([method, *numbers] for method, numbers in PUBLISHED),
+    ]
+    header = ["", "Dice, %", "Hausdorff, mm", "DF, mm", "ADF, mm"]
+    legend = f"<p><small>{_PUBLISHED_LEGEND}</small></p>"
+    return "<h2>Beside published results</h2>" + _table(header, rows) + legend
+
+
+def _groups(title: str, groups: Mapping[str, Any]) -> str:
+    """Shows the headline of each group of images in a row."""
+    header = ["", "images", *(f"{label}, {unit}" for _, label, unit, _, _ in _HEADLINE)]
+    rows = [
+        [name, str(group["n"]), *(_mean_and_std(group, metric) for metric, *_ in _HEADLINE)]
+        for name, group in groups.items()
+    ]
+    return f"<h2>{title}</h2>" + _table(header, rows)
+
+
+def _flags(rows: Sequence[Row]) -> str:
+    """Tells how many images each flag marks, and how good those are."""
+    flagged: dict[str, list[Row]] = {"none": []}
+    for row in rows:
+        for flag in row.columns["flags"].split() or ["none"]:
+            flagged.setdefault(flag, []).append(row)
+    table = []
+    for flag, members in flagged.items():
+        if members:
+            dice, adf = (
+                np.array([row.metrics[name] for row in members])
+                for name in ("dice", "hc_abs_error_mm")
+            )
+            table.append(
+                [
+                    flag.replace("_", " "),
+                    str(len(members)),
+                    f"{100 * dice.mean():.2f}",
+                    f"{100 * dice.min():.2f}",
+                    f"{adf.mean():.2f}",
+                    f"{adf.max():.2f}",
+                ]
+            )
+    return (
+        _table(["", "images", "Dice, %", "lowest", "ADF, mm", "largest"], table)
+        + "<p><small>Set without looking at the reference; an image may have several.</small></p>"
+    )
+
+
+def _mean_and_std(metrics: Mapping[str, Any], name: str) -> str:
+    factor, digits = next((f, d) for metric, _, _, f, d in _HEADLINE if metric == name)
+    values = metrics[name]
+    return f"{factor * values['mean']:.{digits}f} ± {factor * values['std']:.{digits}f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [
+        f"<tr>{''.join(f'<{cell}>{html.escape(text)}</{cell}>' for text in row)}</tr>"
+        for cell, row in [("th", header), *(("td", row) for row in rows)]
+    ]
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
 def _case(case: WorstCase) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -11,46 +11,65 @@ from jaxtyping import Bool
 from fetal_flax.evaluation.metrics import aggregate
 from fetal_flax.files import csv_bytes, json_bytes, write_atomically
 
+GROUPINGS = ("trimester", "fold")
+"""Columns of `per_image.csv` whose values metrics.json has an aggregate of each."""
+
+
+class Row(NamedTuple):
+    """One annotated image, and how well the prediction matches."""
+
+    name: str
+    metrics: dict[str, float]
+    """Numbers to be aggregated, such as `segmentation_metrics` returns."""
+    columns: dict[str, Any]
+    """What `per_image.csv` tells besides."""
+
 
 def write_metrics(
-    output_dir: str | Path,
-    names: Sequence[str],
-    per_image: Sequence[Mapping[str, float]],
-    *,
-    columns: Mapping[str, Sequence[object]] | None = None,
-    run: Mapping[str, Any] | None = None,
+    output_dir: str | Path, rows: Sequence[Row], *, run: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Writes `metrics.json` and `per_image.csv`, and returns what `metrics.json` holds.
 
-    `metrics.json` is `aggregate(per_image)` (`n`, `dice.mean`, `dice.std`, ...) with `run` beside
-    it. `per_image.csv` has the columns `name`, one per metric, then `columns`; numbers are written
-    with all their digits.
+    `metrics.json` is `aggregate` of all images (`n`, `dice.mean`, `dice.std`, ...); beside it
+    stand `by`, the same for the images of each trimester and fold where there are such columns,
+    and `run`. `per_image.csv` has the columns `name`, one per metric, then the others; numbers
+    are written with all their digits.
 
     Args:
         output_dir: Where the files go; created if needed.
-        names: One image name per entry of `per_image`.
-        per_image: The metrics of each image, such as `segmentation_metrics` returns.
-        columns: Further columns of `per_image.csv`, one value per image.
+        rows: The images, all with the same metrics and columns.
         run: What was evaluated, as JSON values: checkpoint, config, split.
 
     Raises:
         InputError: There are no images, or the files can't be written.
-        ValueError: `names`, `per_image` and `columns` differ in length or in metrics, a column
-            repeats a metric's name, or a number is not finite, which JSON can't hold.
+        ValueError: Rows differ in metrics or columns, a column repeats a metric's name, or a
+            number is not finite, which JSON can't hold.
     """
-    columns = columns or {}
-    metrics = aggregate(per_image) | {"run": dict(run or {})}
-    header = ["name", *per_image[0], *columns]
+    metrics = aggregate([row.metrics for row in rows])
+    metrics |= {"by": _by_group(rows), "run": dict(run)}
+    header = ["name", *rows[0].metrics, *rows[0].columns]
     if len(set(header)) != len(header):
         raise ValueError(f"per_image.csv has a column twice: {', '.join(header)}")
-    rows = [
-        [name, *(values[metric] for metric in per_image[0]), *others]
-        for name, values, *others in zip(names, per_image, *columns.values(), strict=True)
+    if any(row.columns.keys() != rows[0].columns.keys() for row in rows):
+        raise ValueError("every image must have the same columns")
+    table = [
+        [row.name, *((row.metrics | row.columns)[name] for name in header[1:])] for row in rows
     ]
-    files = {"per_image.csv": csv_bytes([header, *rows]), "metrics.json": json_bytes(metrics)}
+    files = {"per_image.csv": csv_bytes([header, *table]), "metrics.json": json_bytes(metrics)}
     for name, content in files.items():
         write_atomically(Path(output_dir) / name, content)
     return metrics
+
+
+def _by_group(rows: Sequence[Row]) -> dict[str, Any]:
+    """Returns an aggregate for each value of each of the `GROUPINGS`, values in order."""
+    groups: dict[str, Any] = {}
+    for column in GROUPINGS:
+        values = {str(row.columns[column]) for row in rows if column in row.columns}
+        for value in sorted(values):
+            members = [row.metrics for row in rows if str(row.columns[column]) == value]
+            groups.setdefault(column, {})[value] = aggregate(members)
+    return groups
 
 
 def write_mask(path: str | Path, mask: Bool[np.ndarray, "height width"]) -> None:

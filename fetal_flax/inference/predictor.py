@@ -3,13 +3,14 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
+from scipy.special import log_expit
 
 from fetal_flax import checkpoints
 from fetal_flax.config import ModelConfig
@@ -19,6 +20,9 @@ from fetal_flax.models.functional import Variables
 
 Image = UInt8[np.ndarray, "height width"]
 NetworkLogits = Float32[np.ndarray, "network_height network_width"]
+Views = Float32[np.ndarray, "views network_height network_width"]
+"""An image's logits, one map for each way that the network saw it; mirror images mirrored back."""
+TestTimeAugmentation = Literal["none", "flip"]
 Item = TypeVar("Item")
 
 
@@ -30,6 +34,7 @@ class Predictor:
         variables: Its parameters and batch statistics.
         image_size: Height and width that the network sees.
         batch_size: Images per call of the network.
+        tta: Test-time augmentation: `flip` shows the network each image's mirror image too.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class Predictor:
         image_size: tuple[int, int],
         *,
         batch_size: int = 16,
+        tta: TestTimeAugmentation = "none",
     ):
         self._variables = variables
         self._image_size = image_size
@@ -49,7 +55,13 @@ class Predictor:
             scaled = images.astype(jnp.float32) / 255
             return functional.apply(model, variables, scaled)[0][..., 0]
 
-        self._logits = jax.jit(logits)
+        def views(variables: Variables, images: jax.Array) -> jax.Array:
+            seen = [logits(variables, images)]
+            if tta == "flip":
+                seen.append(logits(variables, images[:, :, ::-1])[:, :, ::-1])
+            return jnp.stack(seen, axis=1)
+
+        self._views = jax.jit(views)
 
     @classmethod
     def from_checkpoint(cls, directory: Path, *, batch_size: int = 16) -> "Predictor":
@@ -61,7 +73,7 @@ class Predictor:
         variables, description = checkpoints.load(directory)
         return cls(description.model, variables, description.image_size, batch_size=batch_size)
 
-    def logits(self, images: Iterable[Image]) -> Iterator[NetworkLogits]:
+    def views(self, images: Iterable[Image]) -> Iterator[Views]:
         """Yields each image's logits at the network's size, before the sigmoid.
 
         Images are taken a batch at a time, when the first logits of the batch are asked for.
@@ -73,26 +85,41 @@ class Predictor:
             size = size or len(part)
             padding = [np.zeros_like(part[0])] * (size - len(part))
             batch = np.stack(part + padding)[..., None].repeat(self._channels, axis=-1)
-            yield from np.asarray(self._logits(self._variables, batch))[: len(part)]
+            yield from np.asarray(self._views(self._variables, batch))[: len(part)]
+
+    def logits(self, images: Iterable[Image]) -> Iterator[NetworkLogits]:
+        """Yields each image's logits, those of the mean probability where there are two views."""
+        return map(mean_logits, self.views(images))
 
     def segment(
         self, items: Iterable[Item], image: Callable[[Item], Image]
-    ) -> Iterator[tuple[Item, NetworkLogits]]:
-        """Yields each item with the logits of its image, holding no more than a batch of items.
+    ) -> Iterator[tuple[Item, Views]]:
+        """Yields each item with the views of its image, holding no more than a batch of items.
 
         Args:
             items: Whatever comes with the images: records, names and images.
             image: Returns an item's image.
         """
         kept, taken = itertools.tee(items)
-        return zip(kept, self.logits(image(item) for item in taken), strict=True)
+        return zip(kept, self.views(image(item) for item in taken), strict=True)
 
     def masks(self, images: Iterable[Image]) -> list[Bool[np.ndarray, "height width"]]:
         """Returns each image's mask at its own size."""
         return [
-            native_mask(logits, image.shape)
-            for image, logits in self.segment(images, lambda image: image)
+            native_mask(mean_logits(views), image.shape)
+            for image, views in self.segment(images, lambda image: image)
         ]
+
+
+def mean_logits(views: Views) -> NetworkLogits:
+    """Returns the logits of the views' mean probability.
+
+    Without a detour through probabilities, which round to 0 or 1 where the network is sure.
+    """
+    if len(views) == 1:
+        return views[0]
+    # The divisor of both means cancels.
+    return np.logaddexp.reduce(log_expit(views)) - np.logaddexp.reduce(log_expit(-views))
 
 
 def native_mask(logits: NetworkLogits, shape: tuple[int, int]) -> Bool[np.ndarray, "height width"]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from fetal_flax.data.ellipse import Ellipse
 from fetal_flax.files import csv_bytes, write_atomically
 from fetal_flax.inference.predict import measured_images
+from fetal_flax.inference.predictor import TestTimeAugmentation
 
 COLUMNS = (
     "filename",
@@ -33,7 +34,12 @@ class SubmissionReport:
 
 
 def submission(
-    checkpoint: Path, source: Path, pixel_size_csv: Path, output: Path
+    checkpoint: Path,
+    source: Path,
+    pixel_size_csv: Path,
+    output: Path,
+    *,
+    tta: TestTimeAugmentation = "none",
 ) -> SubmissionReport:
     """Measures the images of a folder and writes the challenge's CSV.
 
@@ -42,18 +48,23 @@ def submission(
         source: The challenge's `test_set`.
         pixel_size_csv: Its `test_set_pixel_size.csv`.
         output: The CSV to write. An image without a head has no row, and is reported.
+        tta: As in `predict`.
 
     Raises:
         InputError: As `predict`.
     """
     rows: list[tuple[object, ...]] = [COLUMNS]
     failed: list[str] = []
-    for image in measured_images(checkpoint, source, failed, pixel_size_csv=pixel_size_csv):
+    for image in measured_images(
+        checkpoint, source, failed, pixel_size_csv=pixel_size_csv, tta=tta
+    ):
+        path, pixel_size = image.source.path, image.source.pixel_size_mm
         if image.head is None:
-            failed.append(f"{image.path} shows no head that the network could find")
+            failed.append(f"{path} shows no head that the network could find")
+        elif pixel_size is None:
+            failed.append(f"{path} doesn't tell its pixel size: add it to {pixel_size_csv}")
         else:
-            row = to_row(image.head.ellipse, image.head.pixel_size_mm)
-            rows.append((image.path.name, *row))
+            rows.append((path.name, *to_row(image.head.ellipse, pixel_size)))
     write_atomically(output, csv_bytes(rows))
     return SubmissionReport(len(rows) - 1, tuple(failed))
 

@@ -12,6 +12,7 @@ from fetal_flax.data import hc18, splits
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation.evaluate import evaluate
+from fetal_flax.evaluation.gestation import trimester
 from fetal_flax.inference.predictor import Predictor
 from fetal_flax.models import functional
 
@@ -74,7 +75,7 @@ def test_distances_and_circumferences_are_in_millimetres(tiny_hc18, tmp_path, mo
         for item in items:
             record = truths[image(item).tobytes()]
             mask = hc18.load(record)[1] if record.name != "002_HC" else 0 * image(item)
-            yield item, np.where(mask, 9, -9).astype(np.float32)
+            yield item, np.where(mask, 9, -9).astype(np.float32)[None]
 
     monkeypatch.setattr(Predictor, "segment", segment)
     metrics = evaluate(save(tmp_path / "checkpoint"), tmp_path / "out", data_dir=tiny_hc18)
@@ -90,11 +91,19 @@ def test_distances_and_circumferences_are_in_millimetres(tiny_hc18, tmp_path, mo
         assert float(row["hc_reference_mm"]) == reference
         assert float(row["hc_mm"]) - reference == pytest.approx(float(row["hc_error_mm"]))
         assert abs(float(row["hc_error_mm"])) == float(row["hc_abs_error_mm"])
+        assert row["trimester"] == trimester(reference)
+        assert ("no_head" in row["flags"]) == (not right)
         if right:
             # The drawn outline is four pixels of 0.69 mm wide at most.
             assert float(row["hc_mm"]) == pytest.approx(reference, abs=6)
         else:
             assert float(row["hc_mm"]) == 0 and row["components"] == "0"
+    groups = metrics["by"]["trimester"]
+    assert sum(group["n"] for group in groups.values()) == 6
+    for name, group in groups.items():
+        members = [row for row in written.values() if row["trimester"] == name]
+        dices = [float(row["dice"]) for row in members]
+        assert group["n"] == len(dices) and group["dice"]["mean"] == pytest.approx(np.mean(dices))
     assert metrics["hc_abs_error_mm"]["mean"] == pytest.approx(
         np.mean([float(row["hc_abs_error_mm"]) for row in written.values()])
     )
@@ -110,6 +119,7 @@ def test_metrics_say_what_was_evaluated(tiny_hc18, tmp_path):
         "dataset": "hc18",
         "data_dir": str(tiny_hc18),
         "image_size": [64, 64],
+        "tta": "none",
         "outline_px": 1.4,
         "missed": list(NAMES),
         "model": to_dict(MODEL),

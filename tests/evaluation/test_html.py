@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from fetal_flax.evaluation.html import WorstCase, write_report
-from fetal_flax.evaluation.metrics import aggregate
+from fetal_flax.evaluation.html import PUBLISHED, WorstCase, write_report
+from fetal_flax.evaluation.report import Row, write_metrics
 
 NAMES = ("dice", "iou", "hausdorff_mm", "hausdorff95_mm", "assd_mm")
 
@@ -32,30 +32,46 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture
 def make(tmp_path):
-    def make(count: int = 5, *, missed: tuple[str, ...] = (), curves: bytes | None = None) -> str:
+    def make(
+        count: int = 5,
+        *,
+        missed: tuple[str, ...] = (),
+        curves: tuple[bytes, ...] = (),
+        dataset: str = "hc18",
+        folds: int = 1,
+    ) -> str:
         rng = np.random.default_rng(0)
         references = rng.uniform(60, 300, count)
         errors = rng.normal(0, 2, count)
-        per_image = [
-            dict.fromkeys(NAMES, 0.9 + 0.01 * index)
-            | {"hc_error_mm": error, "hc_abs_error_mm": abs(error)}
-            for index, error in enumerate(errors)
+        rows = [
+            Row(
+                f"{index:03d}_HC",
+                dict.fromkeys(NAMES, 0.9 + 0.01 * index)
+                | {"hc_error_mm": error, "hc_abs_error_mm": abs(error)},
+                {
+                    "hc_mm": reference + error,
+                    "hc_reference_mm": reference,
+                    "trimester": "second",
+                    "flags": "several_components low_confidence" if index == 1 else "",
+                }
+                | ({"fold": index % folds} if folds > 1 else {}),
+            )
+            for index, (reference, error) in enumerate(zip(references, errors, strict=True))
         ]
-        metrics = aggregate(per_image)
-        metrics["run"] = {
+        run = {
             "model": {"name": "unet"},
-            "dataset": "hc18",
+            "dataset": dataset,
             "split": "all",
             "checkpoint": "runs/<b>",
             "image_size": [64, 96],
+            "tta": "none",
             "missed": list(missed),
         }
         picture = np.zeros((30, 40, 3), np.uint8)
         picture[..., 0] = 255
         worst = [WorstCase("001_HC & co", 0.5, -3.25, picture)]
-        pairs = list(zip(references + errors, references, strict=True))
         path = tmp_path / "report.html"
-        write_report(path, metrics, per_image, pairs, worst, curves=curves)
+        write_report(path, write_metrics(tmp_path, rows, run=run), rows, worst, curves=curves)
         return path.read_text()
 
     return make
@@ -100,7 +116,30 @@ def test_the_worst_case_is_the_picture(make):
 
 def test_training_curves_are_shown_where_there_are_any(make):
     assert "<h2>Training</h2>" not in make()
-    assert base64.b64encode(b"curves").decode() in make(curves=b"curves")
+    text = make(curves=(b"curves", b"and more"))
+    assert all(base64.b64encode(png).decode() in text for png in (b"curves", b"and more"))
+
+
+def test_a_row_stands_beside_published_ones_where_the_data_set_is_theirs(make):
+    text = make(2)
+    assert "<td>This network, 2 images</td><td>90.50 ± 0.71</td>" in text
+    for method, numbers in PUBLISHED:
+        assert f"<td>{method}</td>" in text and f"<td>{numbers[0]}</td>" in text
+    assert PUBLISHED[0][0] not in make(dataset="fetal_phantom")
+
+
+def test_trimesters_and_folds_have_their_rows(make):
+    text = make(5, folds=2)
+    assert "<tr><td>second</td><td>5</td><td>92.00 ± 1.58</td>" in text
+    assert "<tr><td>0</td><td>3</td>" in text and "<tr><td>1</td><td>2</td>" in text
+    assert "By fold" not in make(5)
+
+
+def test_flags_have_their_images_counted(make):
+    text = make(4)
+    for flag, count, dice in (("none", 3, 91.67), ("several components", 1, 91.0)):
+        assert f"<tr><td>{flag}</td><td>{count}</td><td>{dice:.2f}</td>" in text
+    assert "low ellipse agreement" not in text
 
 
 def test_a_single_image_makes_a_page(make):

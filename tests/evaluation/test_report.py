@@ -8,53 +8,71 @@ import numpy as np
 import pytest
 
 from fetal_flax.errors import InputError
-from fetal_flax.evaluation.report import write_atomically, write_mask, write_metrics
+from fetal_flax.evaluation.report import Row, write_atomically, write_mask, write_metrics
 
-PER_IMAGE = [
+METRICS = [
     {"dice": 0.9, "iou": 0.8, "pixel_accuracy": 0.95},
     {"dice": 1 / 3, "iou": 0.2, "pixel_accuracy": 0.5},
 ]
 
 
+def rows(*names: str, **columns: list) -> list[Row]:
+    return [
+        Row(name, metrics, {column: values[index] for column, values in columns.items()})
+        for index, (name, metrics) in enumerate(zip(names, METRICS, strict=False))
+    ]
+
+
 def test_metrics_json_holds_the_aggregate_and_the_run(tmp_path):
     run = {"checkpoint": "runs/hc18", "config": {"seed": 0}}
-    returned = write_metrics(tmp_path / "new" / "out", ["a", "b"], PER_IMAGE, run=run)
+    returned = write_metrics(tmp_path / "new" / "out", rows("a", "b"), run=run)
     written = json.loads((tmp_path / "new" / "out" / "metrics.json").read_text())
     assert written == returned
     assert written["n"] == 2
     assert written["dice"]["mean"] == pytest.approx((0.9 + 1 / 3) / 2)
     assert set(written["dice"]) == {"mean", "std", "median", "ci95"} == set(written["iou"])
-    assert written["run"] == run
+    assert written["run"] == run and written["by"] == {}
+
+
+def test_groups_have_an_aggregate_each(tmp_path):
+    written = write_metrics(
+        tmp_path, rows("a", "b", trimester=["third", "first"], fold=[0, 0]), run={}
+    )
+    by = written["by"]
+    assert list(by) == ["trimester", "fold"] and list(by["trimester"]) == ["first", "third"]
+    assert by["trimester"]["third"]["n"] == 1
+    assert by["trimester"]["third"]["dice"]["mean"] == 0.9
+    assert by["fold"]["0"]["iou"] == written["iou"]
 
 
 def test_per_image_csv_reads_back_exactly(tmp_path):
-    write_metrics(tmp_path, ["a", "b, c"], PER_IMAGE, columns={"height": [540, 270]})
+    write_metrics(tmp_path, rows("a", "b, c", height=[540, 270]), run={})
     with open(tmp_path / "per_image.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["name", "dice", "iou", "pixel_accuracy", "height"]
-    assert [row["name"] for row in rows] == ["a", "b, c"]
-    assert [float(row["dice"]) for row in rows] == [0.9, 1 / 3]
-    assert [row["height"] for row in rows] == ["540", "270"]
+        read = list(csv.DictReader(file))
+    assert list(read[0]) == ["name", "dice", "iou", "pixel_accuracy", "height"]
+    assert [row["name"] for row in read] == ["a", "b, c"]
+    assert [float(row["dice"]) for row in read] == [0.9, 1 / 3]
+    assert [row["height"] for row in read] == ["540", "270"]
 
 
 @pytest.mark.parametrize(
-    ("names", "per_image", "columns", "error"),
+    ("bad", "error", "message"),
     [
-        (["a"], PER_IMAGE, {}, ValueError),
-        (["a", "b"], PER_IMAGE, {"height": [540]}, ValueError),
-        (["a", "b"], PER_IMAGE, {"dice": [1, 1]}, ValueError),
-        ([], [], {}, InputError),
+        ([], InputError, "no images"),
+        (rows("a", "b", dice=[1, 1]), ValueError, "twice"),
+        ([rows("a")[0], Row("b", {"dice": 1.0}, {})], ValueError, "same metrics"),
+        ([rows("a")[0], Row("b", METRICS[0], {"height": 540})], ValueError, "same columns"),
     ],
 )
-def test_nothing_is_written_for_tables_that_do_not_fit(tmp_path, names, per_image, columns, error):
-    with pytest.raises(error):
-        write_metrics(tmp_path / "out", names, per_image, columns=columns)
+def test_nothing_is_written_for_tables_that_do_not_fit(tmp_path, bad, error, message):
+    with pytest.raises(error, match=message):
+        write_metrics(tmp_path / "out", bad, run={})
     assert not (tmp_path / "out").exists()
 
 
 def test_numbers_that_json_cannot_hold_are_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
-        write_metrics(tmp_path, ["a"], [{"dice": float("nan")}])
+        write_metrics(tmp_path, [Row("a", {"dice": float("nan")}, {})], run={})
     assert not list(tmp_path.iterdir())
 
 

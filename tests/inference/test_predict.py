@@ -1,23 +1,30 @@
 import csv
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pydicom.data
 import pytest
 
-from fetal_flax import checkpoints
+from fetal_flax import checkpoints, cli
 from fetal_flax.checkpoints import Description
 from fetal_flax.config import ModelConfig
 from fetal_flax.data.ellipse import Ellipse
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation import pictures
+from fetal_flax.evaluation.gestation import gestational_age
 from fetal_flax.evaluation.head import OUTLINE_PX, measure_head
 from fetal_flax.inference import predict as module
+from fetal_flax.inference import sources
 from fetal_flax.inference.predict import predict
 from fetal_flax.inference.predictor import Predictor, native_mask
 from fetal_flax.models import functional
+
+DICOM = Path(pydicom.data.__file__).parent / "test_files"
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +96,7 @@ def sees_a_head(monkeypatch):
     def segment(self, items, image):
         for item in items:
             mask = HEAD.filled(*image(item).shape) if image(item)[0, 0] else 0 * image(item)
-            yield item, np.where(mask, 9, -9).astype(np.float32)
+            yield item, np.where(mask, 9, -9).astype(np.float32)[None]
 
     monkeypatch.setattr(Predictor, "segment", segment)
 
@@ -131,6 +138,47 @@ def test_heads_are_measured_in_millimetres(checkpoint, sees_a_head, tmp_path):
     assert (rows["b"]["pixel_size_mm"], rows["b"]["components"]) == ("0.25", "0")
 
 
+def test_ages_and_flags_are_told(checkpoint, sees_a_head, tmp_path, capsys):
+    source = write_images(tmp_path / "in", "a.png")
+    cv2.imwrite(str(source / "b.png"), np.zeros((40, 56), np.uint8))
+    sizes = write_sizes(tmp_path / "sizes.csv", a=1.5, b=1.5)
+    output = tmp_path / "out"
+    flags = {"checkpoint": checkpoint, "input": source, "output": output, "pixel-size-csv": sizes}
+    command = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+    assert cli.main(["predict", *command]) == 0
+    assert "look at 1 of them (column flags): b" in capsys.readouterr().out
+    rows = measurements(output)
+    age = gestational_age(float(rows["a"]["hc_mm"]))
+    assert age is not None
+    told = [float(rows["a"][f"ga_{name}weeks"]) for name in ("", "low_", "high_")]
+    assert told == pytest.approx(list(age))
+    assert rows["a"]["flags"] == "" and rows["b"]["flags"] == "no_head"
+    assert float(rows["a"]["ellipse_agreement"]) > 0.97 and float(rows["a"]["confidence"]) > 0.99
+    assert rows["b"]["ga_weeks"] == rows["b"]["ellipse_agreement"] == rows["a"]["tta_dice"] == ""
+
+
+def test_of_mirror_images_the_spread_is_told(checkpoint, monkeypatch, tmp_path):
+    narrower = dataclasses.replace(HEAD, semi_major=18.4)
+
+    def segment(self, items, image):
+        for item in items:
+            masks = [ellipse.filled(*image(item).shape) for ellipse in (HEAD, narrower)]
+            yield item, np.where(np.stack(masks), 9, -9).astype(np.float32)
+
+    monkeypatch.setattr(Predictor, "segment", segment)
+    source = write_images(tmp_path / "in", "a.png")
+    sizes = write_sizes(tmp_path / "sizes.csv", a=0.5)
+    predict(checkpoint, source, tmp_path / "out", pixel_size_csv=sizes)
+    row = measurements(tmp_path / "out")["a"]
+    masks = [ellipse.filled(40, 56) > 0 for ellipse in (HEAD, narrower)]
+    heads = [measure_head(mask, 0.5, outline_px=OUTLINE_PX["hc18"]) for mask in masks]
+    assert heads[0] and heads[1]
+    spread = heads[0].circumference_mm - heads[1].circumference_mm
+    assert float(row["tta_hc_spread_mm"]) == pytest.approx(spread) and spread > 2
+    both, total = (masks[0] & masks[1]).sum(), masks[0].sum() + masks[1].sum()
+    assert float(row["tta_dice"]) == pytest.approx(2 * both / total)
+
+
 def test_without_pixel_sizes_the_ellipse_is_in_pixels_alone(checkpoint, sees_a_head, tmp_path):
     predict(checkpoint, write_images(tmp_path / "in", "a.png"), tmp_path / "out")
     row = measurements(tmp_path / "out")["a"]
@@ -158,7 +206,6 @@ def test_of_a_folder_the_images_in_it_are_taken_in_order(checkpoint, tmp_path):
     names = ("d.JPG", "b.png", "e.jpeg", "c.bmp", "a.tif", "f.TIFF")
     source = write_images(tmp_path / "in", *names, "b_Annotation.png")
     write_images(source / "deeper", "g.png")
-    write_images(source / "folder.png", "h.png")
     (source / "notes.txt").write_text("no image")
     report = predict(checkpoint, source, tmp_path / "out")
     assert (report.predicted, report.failed) == (("a", "b", "c", "d", "e", "f"), ())
@@ -170,21 +217,64 @@ def test_an_outline_that_is_named_is_taken(checkpoint, tmp_path):
     assert predict(checkpoint, source, tmp_path / "out").predicted == ("b_Annotation",)
 
 
-def test_files_that_can_not_be_read_are_named_and_the_others_processed(checkpoint, tmp_path):
-    source = write_images(tmp_path / "in", "a.png", "d.png")
-    (source / "b.png").write_bytes(b"no image")
-    (source / "c.png").symlink_to("nowhere")
-    report = predict(checkpoint, source, tmp_path / "out")
-    assert report.predicted == ("a", "d")
-    assert len(report.failed) == 2
-    assert str(source / "b.png") in report.failed[0] and str(source / "c.png") in report.failed[1]
-    alone = predict(checkpoint, source / "d.png", tmp_path / "alone")
-    assert alone.predicted == ("d",)
-    # The results of `d` are not those of a file that was left out.
-    among_others, by_itself = (
-        read_gray(tmp_path / out / "masks" / "d.png") for out in ("out", "alone")
+def write_garbage(folder: Path) -> dict[str, str]:
+    """Writes what is no usable image; returns what is to be said of each."""
+    noisy = cv2.imencode(".png", noise((40, 56)))[1].tobytes()
+    huge = cv2.imencode(".png", np.zeros((20_000, 20_000), np.uint8))[1].tobytes()
+    (folder / "text.png").write_text("no image")
+    (folder / "empty.png").touch()
+    (folder / "cut.png").write_bytes(noisy[: len(noisy) // 2])
+    (folder / "torn.jpg").write_bytes(cv2.imencode(".jpg", noise((40, 56)))[1].tobytes()[:900])
+    (folder / "huge.png").write_bytes(huge)
+    (folder / "wide.tif").write_bytes(
+        cv2.imencode(".tif", np.zeros((7_000, 7_000), np.uint8))[1].tobytes()
     )
-    np.testing.assert_array_equal(among_others, by_itself)
+    (folder / "text.dcm").write_text("no image")
+    (folder / "nowhere.png").symlink_to("nowhere")
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    cv2.imwrite(str(folder / "1x1.png"), noise((1, 1)))
+    cv2.imwritemulti(str(folder / "pages.tif"), [noise((40, 56)), noise((40, 56))])
+    # Root may read everything, so what can't be read is a file that fails while it is read.
+    (folder / "unreadable.png").symlink_to("/proc/self/mem")
+    return {
+        "text.png": "is not an image that can be read",
+        "empty.png": "is not an image that can be read",
+        "cut.png": "is not an image that can be read",
+        "torn.jpg": "is not an image that can be read",
+        "huge.png": "has more than 33,554,432 pixels: crop or shrink it",
+        "wide.tif": "has more than 33,554,432 pixels: crop or shrink it",
+        "text.dcm": "is no DICOM image that can be read",
+        "nowhere.png": "no such image file",
+        "folder.png": "is a directory",
+        "pipe.png": "is no regular file",
+        "1x1.png": "has 1×1 pixels, too few to show a head",
+        "pages.tif": "holds 2 images: save each as a file of its own",
+        "unreadable.png": "can't read",
+    }
+
+
+def test_garbage_is_named_and_the_others_are_processed(checkpoint, tmp_path, capsys):
+    source = write_images(tmp_path / "in", "a.png", "d.png")
+    said = write_garbage(source)
+    cv2.imwrite(str(source / "deep.png"), noise((40, 56)).astype(np.uint16) * 257)
+    cv2.imwrite(str(source / "rgba.png"), np.stack([noise((40, 56))] * 4, -1))
+    output = tmp_path / "out"
+    flags = ["--checkpoint", str(checkpoint), "--input", str(source), "--output", str(output)]
+    assert cli.main(["predict", *flags]) == 2
+    assert list(measurements(output)) == ["a", "d", "deep", "rgba"]
+    printed = [line for line in capsys.readouterr().err.splitlines() if "fetal-flax" in line]
+    assert len(printed) == len(said)
+    for name, sentence in said.items():
+        assert any(f"/{name}" in line and sentence in line for line in printed), name
+    # The results of `d` are not those of a file that was left out, nor do depth and colour count.
+    assert predict(checkpoint, source / "d.png", tmp_path / "alone").failed == ()
+    assert (output / "masks" / "d.png").read_bytes() == (
+        tmp_path / "alone" / "masks" / "d.png"
+    ).read_bytes()
+    a, deep, rgba = (read_gray(output / "masks" / f"{n}.png") for n in ("a", "deep", "rgba"))
+    np.testing.assert_array_equal(a, deep)
+    np.testing.assert_array_equal(a, rgba)
 
 
 def test_a_single_file_that_can_not_be_read_is_reported(checkpoint, tmp_path):
@@ -194,11 +284,39 @@ def test_a_single_file_that_can_not_be_read_is_reported(checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_files_of_the_same_name_are_refused_before_anything_is_written(checkpoint, tmp_path):
-    source = write_images(tmp_path / "in", "0.png", "a.jpg", "a.png")
-    with pytest.raises(InputError, match=r"a\.jpg and a\.png would both be written as a\.png"):
-        predict(checkpoint, source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_of_files_of_the_same_name_the_first_is_taken(checkpoint, tmp_path):
+    source = write_images(tmp_path / "in", "0.png", "a.bmp", "a.png")
+    report = predict(checkpoint, source, tmp_path / "out")
+    assert report.predicted == ("0", "a")
+    assert len(report.failed) == 1
+    assert "/a.png would be written as a.png, as a.bmp is: rename one" in report.failed[0]
+    predict(checkpoint, source / "a.bmp", tmp_path / "alone")
+    masks = [read_gray(tmp_path / out / "masks" / "a.png") for out in ("out", "alone")]
+    np.testing.assert_array_equal(*masks)
+
+
+def test_dicom_files_bring_their_pixel_size(checkpoint, sees_a_head, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    # Without an ending, as scanners write them, and a clip.
+    shutil.copy(DICOM / "examples_palette.dcm", source / "1.2.840.1")
+    shutil.copy(DICOM / "examples_rgb_color.dcm", source / "1.2.840.2")
+    shutil.copy(DICOM / "examples_ybr_color.dcm", source / "clip.dcm")
+    sizes = write_sizes(tmp_path / "sizes.csv", other=1)
+    report = predict(checkpoint, source, tmp_path / "out", pixel_size_csv=sizes)
+    assert report.failed == ()
+    rows = measurements(tmp_path / "out")
+    clip = [f"clip_{number:04d}" for number in range(1, 31)]
+    assert list(rows) == ["1.2.840.1", "1.2.840.2", *clip]
+    assert float(rows["1.2.840.1"]["pixel_size_mm"]) == pytest.approx(0.26228788)
+    assert rows["1.2.840.2"]["pixel_size_mm"] == rows["1.2.840.2"]["hc_mm"] == ""
+    assert {rows[name]["pixel_size_mm"] for name in clip} == {"0.5104970559477806"}
+    assert read_gray(tmp_path / "out" / "masks" / "clip_0030.png").shape == (240, 320)
+    # The user's word goes before the file's.
+    sizes.write_text("filename,pixel size(mm)\n1.2.840.1,0.5\n")
+    alone = source / "1.2.840.1"
+    predict(checkpoint, alone, tmp_path / "alone", pixel_size_csv=sizes)
+    assert measurements(tmp_path / "alone")["1.2.840.1"]["pixel_size_mm"] == "0.5"
 
 
 def test_inputs_without_an_image_are_input_errors(checkpoint, tmp_path):
@@ -230,9 +348,9 @@ def test_results_that_can_not_be_written_are_an_input_error(checkpoint, tmp_path
 
 
 def test_no_more_than_a_batch_of_images_is_held(checkpoint, tmp_path, monkeypatch):
-    source = write_images(tmp_path / "in", *(f"{i:02d}.png" for i in range(36)), shape=(8, 8))
+    source = write_images(tmp_path / "in", *(f"{i:02d}.png" for i in range(36)), shape=(16, 16))
     held = [0]
-    reads, writes = module.read_gray, module.write_mask
+    reads, writes = sources.read_gray, module.write_mask
 
     def read(path):
         held.append(held[-1] + 1)
@@ -242,7 +360,7 @@ def test_no_more_than_a_batch_of_images_is_held(checkpoint, tmp_path, monkeypatc
         held.append(held[-1] - 1)
         writes(path, mask)
 
-    monkeypatch.setattr(module, "read_gray", read)
+    monkeypatch.setattr(sources, "read_gray", read)
     monkeypatch.setattr(module, "write_mask", write)
     assert len(predict(checkpoint, source, tmp_path / "out").predicted) == 36
     assert max(held) == 16 and held[-1] == 0

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import expit
 
 from fetal_flax import checkpoints
 from fetal_flax.checkpoints import Description
 from fetal_flax.config import ModelConfig
 from fetal_flax.data.images import resize_image
 from fetal_flax.errors import InputError
-from fetal_flax.inference.predictor import Predictor, native_mask
+from fetal_flax.inference.predictor import Predictor, mean_logits, native_mask
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
@@ -131,10 +132,37 @@ def test_items_keep_their_own_logits(calls):
     items = [(str(value), np.full((20, 30), value, np.uint8)) for value in (0, 255, 51)]
     predictor = Predictor(MODEL, NO_VARIABLES, (32, 32), batch_size=2)
     means = {
-        name: float(logits.mean()) + 0.5
-        for (name, _), logits in predictor.segment(items, lambda item: item[1])
+        name: float(views.mean()) + 0.5
+        for (name, _), views in predictor.segment(items, lambda item: item[1])
     }
     assert means == pytest.approx({"0": 0, "255": 1, "51": 0.2})
+
+
+def test_a_mirror_image_is_mirrored_back():
+    variables = functional.init(MODEL, 0)
+    (image,) = random_images(1, (32, 64))
+    predictor = Predictor(MODEL, variables, (32, 64), tta="flip")
+    (views,) = predictor.views([image])
+    direct, mirrored = (
+        next(Predictor(MODEL, variables, (32, 64)).logits([seen]))
+        for seen in (image, np.ascontiguousarray(image[:, ::-1]))
+    )
+    assert views.shape == (2, 32, 64)
+    np.testing.assert_allclose(views[0], direct, atol=1e-5)
+    np.testing.assert_allclose(views[1], mirrored[:, ::-1], atol=1e-5)
+    assert np.abs(views[0] - views[1]).max() > 1e-3
+    (averaged,) = predictor.logits([image])
+    mean = (expit(views[0]) + expit(views[1])) / 2
+    np.testing.assert_allclose(expit(averaged), mean, atol=1e-6)
+
+
+def test_mean_logits_are_exact_where_probabilities_round():
+    views = np.array([[[50, -50, 3, 200]], [[60, -60, -3, -200]]], np.float32)
+    mean = mean_logits(views)
+    # The less sure of two decides, and half of its odds are lost.
+    np.testing.assert_allclose(mean, [[50 + np.log(2), -50 - np.log(2), 0, 0]], atol=1e-4)
+    assert mean.dtype == np.float32
+    np.testing.assert_array_equal(mean_logits(views[:1]), views[0])
 
 
 def test_no_images_give_no_masks(calls):

@@ -41,7 +41,7 @@ def challenge(tmp_path, monkeypatch) -> Path:
 
     def segment(self, items, image):
         for item in items:
-            yield item, np.where(image(item) > 0, 9, -9).astype(np.float32)
+            yield item, np.where(image(item) > 0, 9, -9).astype(np.float32)[None]
 
     monkeypatch.setattr(Predictor, "segment", segment)
     return tmp_path

@@ -1,0 +1,56 @@
+"""Which measurements a person should look at before anyone believes them.
+
+A network says nothing of its own mistakes; these signs, all without a reference, do. docs/
+measurement.md has what share of the images they flag and what share of the bad ones they catch.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import expit
+
+from fetal_flax.evaluation.head import Head
+
+LEAST_ELLIPSE_AGREEMENT = 0.97
+LEAST_CONFIDENCE = 0.97
+
+
+class Quality(NamedTuple):
+    """How far a measurement can be trusted."""
+
+    confidence: float
+    """Dice that the network's own probabilities expect of its mask, in [0, 1]."""
+    flags: tuple[str, ...]
+    """Of `no_head`, `touches_border`, `several_components`, `low_ellipse_agreement` and
+    `low_confidence` those that apply."""
+
+
+def assess(logits: Float[np.ndarray, "height width"], head: Head | None) -> Quality:
+    """Judges a prediction.
+
+    Args:
+        logits: At the network's size, before the sigmoid.
+        head: What was measured in the mask that they give.
+    """
+    confidence = expected_dice(logits)
+    if head is None:
+        return Quality(confidence, ("no_head",))
+    signs = {
+        "touches_border": head.touches_border,
+        "several_components": head.components > 1,
+        "low_ellipse_agreement": head.ellipse_agreement < LEAST_ELLIPSE_AGREEMENT,
+        "low_confidence": confidence < LEAST_CONFIDENCE,
+    }
+    return Quality(confidence, tuple(name for name, applies in signs.items() if applies))
+
+
+def expected_dice(logits: Float[np.ndarray, "height width"]) -> float:
+    """Returns the Dice of the thresholded mask with the probabilities in the truth's place.
+
+    2·Σ p·m / (Σ p + Σ m), with the probabilities p and the mask m of those above 0.5. 1 where
+    every pixel is decided, 0 where no pixel is foreground.
+    """
+    probabilities = expit(np.asarray(logits, np.float64))
+    mask = logits > 0
+    return float(2 * probabilities[mask].sum() / (probabilities.sum() + mask.sum()))

@@ -1,0 +1,142 @@
+"""The images that `predict` and `submission` are given: which files, their names, their pixels."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import rich.console
+import rich.progress
+
+from fetal_flax.data import dicom
+from fetal_flax.data.hc18 import read_pixel_sizes
+from fetal_flax.data.images import check_is_file, read_gray
+from fetal_flax.errors import InputError
+from fetal_flax.inference.predictor import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", *dicom.SUFFIXES)
+"""Endings of the files that are taken as images, in lower case; DICOM files need none."""
+ANNOTATION_ENDING = "_Annotation.png"
+"""Ends the names of HC18's outlines, which lie among its images."""
+SMALLEST_SIDE_PX = 16
+"""Smaller images can't show a head."""
+
+
+class Source(NamedTuple):
+    """An image and where it comes from."""
+
+    path: Path
+    name: str
+    """Of the results: the file's name without its ending; with `_0001` ... for frames."""
+    image: Image
+    pixel_size_mm: float | None
+    """None where neither the CSV nor the file tells it."""
+
+
+def find_files(source: Path) -> list[Path]:
+    """Returns the files to read: `source` itself, or what lies directly in the folder.
+
+    Broken files are among them, and whatever else is named like an image, so that they can be
+    reported; HC18's outlines and files of other kinds are not.
+
+    Raises:
+        InputError: `source` isn't there, isn't an image's file or holds none.
+    """
+    if not source.is_dir():
+        if not source.exists():
+            raise InputError(f"--input {source} doesn't exist: give an image or a folder of images")
+        if not _looks_like_image(source):
+            raise InputError(f"--input {source} is no image: expected DICOM or {_endings()}")
+        return [source]
+    paths = sorted(
+        path
+        for path in source.iterdir()
+        if _looks_like_image(path) and not path.name.endswith(ANNOTATION_ENDING)
+    )
+    if not paths:
+        raise InputError(f"{source} holds no image: expected DICOM files or {_endings()}")
+    return paths
+
+
+def pixel_sizes(paths: Sequence[Path], csv_path: Path | None) -> Mapping[str, float]:
+    """Returns the pixel sizes in mm that a CSV gives, by file name.
+
+    Raises:
+        InputError: The CSV can't be used, or lacks an image that isn't DICOM.
+    """
+    if csv_path is None:
+        return {}
+    sizes = read_pixel_sizes(csv_path)
+    missing = [
+        path.name
+        for path in paths
+        if path.name not in sizes and path.is_file() and not dicom.is_dicom(path)
+    ]
+    if missing:
+        raise InputError(
+            f"{csv_path} has no row for {', '.join(missing[:3])}"
+            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            + ": add them, or leave --pixel-size-csv out to measure in pixels"
+        )
+    return sizes
+
+
+def read_sources(
+    paths: Sequence[Path], sizes: Mapping[str, float], failed: list[str]
+) -> Iterator[Source]:
+    """Yields the images that can be read, one after another.
+
+    Args:
+        paths: What `find_files` returned.
+        sizes: What `pixel_sizes` returned; it goes before what a DICOM file says.
+        failed: Takes a sentence for each file that can't be read, or whose results would overwrite
+            those of another.
+    """
+    console = rich.console.Console(stderr=True)
+    taken: dict[str, Path] = {}
+    for path in rich.progress.track(paths, "Predicting", console=console):
+        try:
+            for source in _read(path, sizes.get(path.name)):
+                _check_usable(source, taken)
+                taken[source.name] = path
+                yield source
+        except InputError as error:
+            failed.append(str(error))
+
+
+def _read(path: Path, size: float | None) -> Iterator[Source]:
+    check_is_file(path)
+    if not (dicom.is_dicom(path) or path.suffix.lower() in dicom.SUFFIXES):
+        yield Source(path, _name(path), read_gray(path), size)
+        return
+    file = dicom.DicomFile(path)
+    size = size or file.pixel_size_mm
+    for number, image in enumerate(file.frames(), 1):
+        suffix = f"_{number:04d}" if file.frame_count > 1 else ""
+        yield Source(path, _name(path) + suffix, image, size)
+
+
+def _check_usable(source: Source, taken: Mapping[str, Path]) -> None:
+    if source.name in taken:
+        raise InputError(
+            f"{source.path} would be written as {source.name}.png, as {taken[source.name].name} "
+            "is: rename one"
+        )
+    height, width = source.image.shape
+    if min(height, width) < SMALLEST_SIDE_PX:
+        raise InputError(
+            f"{source.path} has {width}×{height} pixels, too few to show a head: give the whole "
+            "image"
+        )
+
+
+def _looks_like_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES or dicom.is_dicom(path)
+
+
+def _name(path: Path) -> str:
+    # DICOM files without an ending are often called by a UID, whose last number is none.
+    return path.stem if path.suffix.lower() in SUFFIXES else path.name
+
+
+def _endings() -> str:
+    return ", ".join(SUFFIXES)

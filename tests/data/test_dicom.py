@@ -1,0 +1,181 @@
+import builtins
+from pathlib import Path
+
+import numpy as np
+import pydicom.data
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage
+
+from fetal_flax.data import dicom
+from fetal_flax.data.dicom import DicomFile
+from fetal_flax.errors import InputError
+
+BUNDLED = Path(pydicom.data.__file__).parent / "test_files"
+GRAY = np.add.outer(np.arange(40), 3 * np.arange(60)).astype(np.uint8)
+
+
+def region(delta_x=0.02, delta_y=0.02, *, units=3, spatial=1, tissue=1) -> Dataset:
+    found = Dataset()
+    found.RegionSpatialFormat, found.RegionDataType = spatial, tissue
+    found.PhysicalUnitsXDirection = found.PhysicalUnitsYDirection = units
+    found.PhysicalDeltaX, found.PhysicalDeltaY = delta_x, delta_y
+    return found
+
+
+def write(
+    path: Path, pixels: np.ndarray = GRAY, *, frames: int | None = None, **attributes
+) -> Path:
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = UltrasoundImageStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    dataset.SOPClassUID, dataset.SOPInstanceUID = UltrasoundImageStorage, "1.2.3"
+    colour = pixels.shape[-1] == 3
+    dataset.Rows, dataset.Columns = pixels.shape[-3:-1] if colour else pixels.shape[-2:]
+    dataset.SamplesPerPixel = 3 if colour else 1
+    if colour:
+        dataset.PlanarConfiguration = 0
+    dataset.PhotometricInterpretation = "RGB" if colour else "MONOCHROME2"
+    dataset.BitsAllocated = dataset.BitsStored = 8 * pixels.dtype.itemsize
+    dataset.PixelRepresentation = 0
+    if frames:
+        dataset.NumberOfFrames = frames
+    for name, value in attributes.items():
+        setattr(dataset, name, value)
+    dataset.HighBit = dataset.BitsStored - 1
+    dataset.PixelData = pixels.tobytes()
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def only_frame(path: Path) -> np.ndarray:
+    (frame,) = DicomFile(path).frames()
+    assert frame.dtype == np.uint8
+    return frame
+
+
+def test_gray_pixels_come_as_they_are(tmp_path):
+    np.testing.assert_array_equal(only_frame(write(tmp_path / "a.dcm")), GRAY)
+
+
+def test_monochrome1_is_turned(tmp_path):
+    path = write(tmp_path / "a.dcm", PhotometricInterpretation="MONOCHROME1")
+    np.testing.assert_array_equal(only_frame(path), 255 - GRAY)
+
+
+def test_twelve_bits_are_scaled_by_what_is_stored(tmp_path):
+    deep = np.array([[0, 2048, 4095, 16]], np.uint16)
+    path = write(tmp_path / "a.dcm", deep, BitsStored=12)
+    assert only_frame(path).tolist() == [[0, 128, 255, 1]]
+
+
+def test_a_window_is_applied(tmp_path):
+    path = write(tmp_path / "a.dcm", np.array([[0, 90, 110, 255]], np.uint8))
+    window = dict(WindowCenter=100, WindowWidth=21)
+    path = write(tmp_path / "b.dcm", np.array([[0, 90, 100, 110, 255]], np.uint8), **window)
+    low, dark, middle, bright, high = only_frame(path)[0].tolist()
+    assert (low, high) == (0, 255) and dark <= 13 and abs(middle - 128) <= 7 and bright >= 242
+
+
+def test_colour_becomes_luma(tmp_path):
+    colours = np.zeros((1, 3, 3), np.uint8)
+    colours[0, [0, 1, 2], [0, 1, 2]] = 255
+    np.testing.assert_allclose(
+        only_frame(write(tmp_path / "a.dcm", colours)), [[76, 150, 29]], atol=1
+    )
+
+
+def test_frames_come_one_by_one(tmp_path):
+    pixels = np.stack([GRAY, GRAY[::-1], GRAY // 2])
+    file = DicomFile(write(tmp_path / "a.dcm", pixels, frames=3))
+    assert file.frame_count == 3
+    for frame, expected in zip(file.frames(), pixels, strict=True):
+        np.testing.assert_array_equal(frame, expected)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({}, None),
+        ({"PixelSpacing": [0.25, 0.25]}, 0.25),
+        ({"SequenceOfUltrasoundRegions": [region()]}, 0.2),
+        # The region's calibration is the ultrasound's own.
+        ({"SequenceOfUltrasoundRegions": [region()], "PixelSpacing": [0.25, 0.25]}, 0.2),
+        ({"SequenceOfUltrasoundRegions": [region(-0.02, 0.02)]}, 0.2),
+        ({"SequenceOfUltrasoundRegions": [region(), region()]}, 0.2),
+        # A spectrum beside the image, and one whose axis is time.
+        ({"SequenceOfUltrasoundRegions": [region(0.5, 0.5, spatial=3, tissue=3), region()]}, 0.2),
+        ({"SequenceOfUltrasoundRegions": [region(units=4)]}, None),
+        ({"SequenceOfUltrasoundRegions": [region(0.0, 0.0)]}, None),
+    ],
+)
+def test_pixel_sizes_are_those_of_the_tissue_region(tmp_path, attributes, expected):
+    assert DicomFile(write(tmp_path / "a.dcm", **attributes)).pixel_size_mm == (
+        None if expected is None else pytest.approx(expected)
+    )
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"PixelSpacing": [0.2, 0.1]}, r"a\.dcm has pixels of 0\.1 × 0\.2 mm: resample"),
+        (
+            {"SequenceOfUltrasoundRegions": [region(), region(0.03, 0.03)]},
+            r"a\.dcm has regions of different pixel sizes.*--pixel-size-csv",
+        ),
+    ],
+)
+def test_pixel_sizes_that_are_no_single_one_are_refused(tmp_path, attributes, message):
+    file = DicomFile(write(tmp_path / "a.dcm", **attributes))
+    with pytest.raises(InputError, match=message):
+        _ = file.pixel_size_mm
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "shape", "size"),
+    [
+        ("examples_palette.dcm", 1, (350, 800), 0.2622878766),
+        ("examples_ybr_color.dcm", 30, (240, 320), 0.5104970559),
+        ("examples_rgb_color.dcm", 1, (240, 320), None),
+    ],
+)
+def test_ultrasound_that_pydicom_ships(name, frames, shape, size):
+    file = DicomFile(BUNDLED / name)
+    images = list(file.frames())
+    assert dicom.is_dicom(BUNDLED / name)
+    assert len(images) == file.frame_count == frames
+    assert all(image.shape == shape and image.dtype == np.uint8 for image in images)
+    assert all(np.ptp(image) > 100 for image in images)
+    assert file.pixel_size_mm == (None if size is None else pytest.approx(size))
+
+
+def test_bad_files_are_named(tmp_path):
+    text, cut = tmp_path / "text.dcm", tmp_path / "cut.dcm"
+    text.write_text("no image")
+    whole = write(tmp_path / "a.dcm").read_bytes()
+    cut.write_bytes(whole[: len(whole) // 2])
+    huge = write(tmp_path / "huge.dcm", Rows=20_000, Columns=20_000)
+    with pytest.raises(InputError, match=r"text\.dcm is no DICOM image that can be read"):
+        DicomFile(text)
+    with pytest.raises(InputError, match=r"cut\.dcm"):
+        list(DicomFile(cut).frames())
+    with pytest.raises(InputError, match=r"huge\.dcm has more than 33,554,432 pixels"):
+        DicomFile(huge)
+    assert not dicom.is_dicom(text) and not dicom.is_dicom(tmp_path)
+    assert not dicom.is_dicom(tmp_path / "missing")
+
+
+def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.dcm")
+    imports = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.startswith("pydicom"):
+            raise ModuleNotFoundError(name=name)
+        return imports(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(InputError, match=r"pip install 'fetal_flax\[dicom\]'"):
+        DicomFile(path)

@@ -1,0 +1,68 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from scipy.special import logit
+
+from fetal_flax.data.ellipse import Ellipse
+from fetal_flax.evaluation.head import Head, measure_head
+from fetal_flax.evaluation.quality import assess, expected_dice
+
+ELLIPSE = Ellipse(center_x=48.0, center_y=32.0, semi_major=30.0, semi_minor=20.0, angle=0.2)
+SHAPE = (64, 96)
+
+
+def logits_of(mask: np.ndarray, probability: float = 0.9999) -> np.ndarray:
+    return np.where(mask, logit(probability), -logit(probability)).astype(np.float32)
+
+
+def flags(mask: np.ndarray, probability: float = 0.9999) -> tuple[str, ...]:
+    head = measure_head(mask, 1.0, outline_px=0.0)
+    return assess(logits_of(mask, probability), head).flags
+
+
+def drawn(ellipse: Ellipse = ELLIPSE) -> np.ndarray:
+    return ellipse.filled(*SHAPE) > 0
+
+
+def test_a_clear_ellipse_has_no_flag():
+    assert flags(drawn()) == ()
+
+
+def test_each_sign_has_its_flag():
+    two = drawn()
+    two[2:6, 2:6] = True
+    dented = drawn() & ~(dataclasses.replace(ELLIPSE, center_y=58.0).filled(*SHAPE) > 0)
+    assert flags(np.zeros(SHAPE, bool)) == ("no_head",)
+    assert flags(drawn(dataclasses.replace(ELLIPSE, center_y=15.0))) == ("touches_border",)
+    assert flags(two) == ("several_components",)
+    assert flags(dented) == ("low_ellipse_agreement",)
+    assert flags(drawn(), probability=0.9) == ("low_confidence",)
+
+
+def test_an_image_may_have_several():
+    cut = drawn(dataclasses.replace(ELLIPSE, center_y=15.0))
+    cut[-4:, :4] = True
+    assert flags(cut, 0.8) == ("touches_border", "several_components", "low_confidence")
+
+
+def test_the_agreement_is_the_dice_with_the_ellipse():
+    dented = drawn()
+    dented[:, 60:] = False
+    head = measure_head(dented, 1.0, outline_px=3.0)
+    without = measure_head(dented, 1.0, outline_px=0.0)
+    assert isinstance(head, Head) and isinstance(without, Head)
+    # The outline that is taken off is no disagreement.
+    assert head.ellipse_agreement == without.ellipse_agreement
+    filled = drawn(without.ellipse)
+    dice = 2 * (filled & dented).sum() / (filled.sum() + dented.sum())
+    assert without.ellipse_agreement == pytest.approx(dice)
+    assert dice < 0.99
+
+
+def test_confidence_is_the_dice_with_the_probabilities():
+    probabilities = np.array([[0.9, 0.6], [0.4, 0.1]])
+    expected = 2 * (0.9 + 0.6) / (0.9 + 0.6 + 0.4 + 0.1 + 2)
+    assert expected_dice(logit(probabilities)) == pytest.approx(expected)
+    assert expected_dice(np.full((4, 4), -3.0)) == 0
+    assert expected_dice(np.array([[200.0, -200.0]], np.float32)) == 1
