@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import skimage.measure
 
 from fetal_flax.data import hc18
 from fetal_flax.data.ellipse import Ellipse
@@ -31,6 +32,12 @@ def axes_of(ellipse: Ellipse | None) -> tuple[float, float]:
 def by_opencv(fit: Callable, points: Callable[[np.ndarray], np.ndarray], mask: np.ndarray):
     _, diameters, _ = fit(points(mask).astype(np.float32))
     return max(diameters) / 2, min(diameters) / 2
+
+
+def by_scikit_image(mask: np.ndarray) -> tuple[float, float]:
+    """scikit-image's EllipseModel: the direct fit of Halir & Flusser (1998)."""
+    ellipse = skimage.measure.EllipseModel.from_estimate(inner_points(mask))
+    return max(ellipse.axis_lengths), min(ellipse.axis_lengths)
 
 
 def inner_points(mask: np.ndarray) -> np.ndarray:
@@ -61,6 +68,7 @@ FITS: dict[str, Fit] = {
     "edges, border included": functools.partial(by_opencv, cv2.fitEllipse, all_points),
     "edges, approximate mean square": functools.partial(by_opencv, cv2.fitEllipseAMS, inner_points),
     "edges, direct": functools.partial(by_opencv, cv2.fitEllipseDirect, inner_points),
+    "edges, scikit-image's EllipseModel": by_scikit_image,
     "pixel centres, least squares": functools.partial(by_opencv, cv2.fitEllipse, pixel_centres),
     "second moments": by_moments,
 }

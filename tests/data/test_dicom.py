@@ -5,7 +5,7 @@ import numpy as np
 import pydicom.data
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage
+from pydicom.uid import UID, ExplicitVRLittleEndian, UltrasoundImageStorage
 
 from fetal_flax.data import dicom
 from fetal_flax.data.dicom import DicomFile
@@ -30,8 +30,8 @@ def write(
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID = UltrasoundImageStorage
-    dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
-    dataset.SOPClassUID, dataset.SOPInstanceUID = UltrasoundImageStorage, "1.2.3"
+    dataset.file_meta.MediaStorageSOPInstanceUID = UID("1.2.3")
+    dataset.SOPClassUID, dataset.SOPInstanceUID = UltrasoundImageStorage, UID("1.2.3")
     colour = pixels.shape[-1] == 3
     dataset.Rows, dataset.Columns = pixels.shape[-3:-1] if colour else pixels.shape[-2:]
     dataset.SamplesPerPixel = 3 if colour else 1

@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+import skimage.measure
 
 from fetal_flax.data import hc18
 from fetal_flax.data.ellipse import Ellipse
@@ -38,6 +39,15 @@ def test_a_drawn_ellipse_is_found_again(angle):
     turned = (found.angle - angle + math.pi / 2) % math.pi - math.pi / 2
     assert turned == pytest.approx(0, abs=2e-3)
     assert -math.pi / 2 <= found.angle <= math.pi / 2
+
+
+def test_another_librarys_fit_gives_the_same_axes():
+    points, _ = edge_points(_mask(ELLIPSE))
+    other = skimage.measure.EllipseModel.from_estimate(points)
+    ours = fit_ellipse(points)
+    assert ours is not None
+    assert sorted(other.axis_lengths) == pytest.approx([ours.semi_minor, ours.semi_major], abs=0.02)
+    assert other.center == pytest.approx([ours.center_x, ours.center_y], abs=0.02)
 
 
 def test_millimetres_are_pixels_times_their_size():
