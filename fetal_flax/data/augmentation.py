@@ -15,7 +15,7 @@ import sys
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 
 from fetal_flax.config import AugmentationConfig
 
@@ -77,14 +77,36 @@ def apply_transform(
     """
     if transform.flip:
         image, mask = _FLIP.apply(image), _FLIP.apply_to_mask(mask)
-    height, width = image.shape
-    matrix = functional.create_affine_transformation_matrix(
+    matrix = _affine(transform, image.shape)
+    image = _WARP.apply(image, matrix=matrix, output_shape=image.shape)
+    mask = _WARP.apply_to_mask(mask, matrix=matrix, output_shape=mask.shape)
+    return np.ascontiguousarray(image), np.ascontiguousarray(mask)
+
+
+def sampling_matrix(transform: Transform, shape: tuple[int, int]) -> Float64[np.ndarray, "2 3"]:
+    """Returns where `apply_transform` takes each pixel from: flip and warp as one matrix.
+
+    Args:
+        transform: What is done.
+        shape: Height and width of the image.
+
+    Returns:
+        What (x, y, 1) of a pixel of the result has to be multiplied by to give the (x, y) in the
+        image that it shows.
+    """
+    backward = np.linalg.inv(_affine(transform, shape))
+    if transform.flip:
+        backward = np.array([[-1.0, 0, shape[1] - 1], [0, 1, 0], [0, 0, 1]]) @ backward
+    return backward[:2]
+
+
+def _affine(transform: Transform, shape: tuple[int, int]) -> Float64[np.ndarray, "3 3"]:
+    """Returns rotation, scaling and shift about the image's centre, from image to result."""
+    height, width = shape
+    return functional.create_affine_transformation_matrix(
         translate={"x": transform.shift[1] * width, "y": transform.shift[0] * height},
         shear={"x": 0, "y": 0},
         scale={"x": transform.scale, "y": transform.scale},
         rotate=transform.rotation_degrees,
-        shift=functional.center(image.shape),
+        shift=functional.center(shape),
     )
-    image = _WARP.apply(image, matrix=matrix, output_shape=image.shape)
-    mask = _WARP.apply_to_mask(mask, matrix=matrix, output_shape=mask.shape)
-    return np.ascontiguousarray(image), np.ascontiguousarray(mask)

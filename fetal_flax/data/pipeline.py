@@ -12,7 +12,7 @@ import functools
 import time
 import weakref
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import grain
 import jax
@@ -28,6 +28,7 @@ from fetal_flax.data.workers import available_cpus, can_start_workers, start_wor
 from fetal_flax.errors import InputError
 
 HostOrDevice: TypeAlias = np.ndarray | Array
+Item = TypeVar("Item")
 
 # What a random number is for; it keeps the streams of one seed apart.
 _FOR_ORDER, _FOR_AUGMENTATION = 0, 1
@@ -44,6 +45,35 @@ class Batch(NamedTuple):
     """False where the last batch is padded."""
     record: Int32[HostOrDevice, "batch"]
     """Index in the dataset; -1 where padded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOrder:
+    """Which image stands in which row of which step, and how it is varied there.
+
+    Raises:
+        InputError: There are fewer images than a batch takes.
+    """
+
+    indices: tuple[int, ...]
+    """Records to train on."""
+    augmentation: AugmentationConfig
+    seed: int
+    batch_size: int
+    """Images per step, over all devices together."""
+
+    def __post_init__(self) -> None:
+        steps_per_epoch(len(self.indices), self.batch_size)
+
+    def sample(self, step: int, row: int) -> tuple[int, Transform]:
+        """Returns record and transform of a row of a step, counted from the start of the run."""
+        epoch, step = divmod(step, steps_per_epoch(len(self.indices), self.batch_size))
+        order = _epoch_order(self.seed, epoch, len(self.indices))
+        record = self.indices[order[step * self.batch_size + row]]
+        if not self.augmentation.enabled:
+            return record, Transform()
+        rng = np.random.default_rng([self.seed, epoch, _FOR_AUGMENTATION, record])
+        return record, draw_transform(self.augmentation, rng)
 
 
 def steps_per_epoch(image_count: int, batch_size: int) -> int:
@@ -100,13 +130,9 @@ def training_batches(
         )
     samples = _TrainingSamples(
         dataset,
-        tuple(indices),
+        TrainingOrder(tuple(indices), augmentation, seed, batch_size),
         config.image_size,
-        augmentation,
-        channels=channels,
-        seed=seed,
-        batch_size=batch_size,
-        steps_per_epoch=steps_per_epoch(len(indices), batch_size),
+        channels,
         steps=range(start_step, total_steps),
         rows=range(position * batch_size // shards, (position + 1) * batch_size // shards),
     )
@@ -130,21 +156,21 @@ def evaluation_batches(
     return _batches(samples, batch_size, config.prefetch, workers=0)
 
 
-class DeviceBatches:
+class DeviceBatches(Generic[Item]):
     """Iterator over batches on the devices; `prefetch_to_device` makes it."""
 
-    def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, size: int):
+    def __init__(self, batches: Iterator[Item], sharding: jax.sharding.Sharding, size: int):
         self._batches = batches
         self._sharding = sharding
         self._size = size
-        self._ready: collections.deque[Batch] = collections.deque()
+        self._ready: collections.deque[Item] = collections.deque()
         self.waited_seconds = 0.0
         """Time spent in waiting for the host's batches; the rest of the loop is not counted."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Item]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Item:
         while len(self._ready) < self._size and (batch := self._next_on_host()) is not None:
             # Returns at once: the transfer runs while the device computes.
             self._ready.append(jax.tree.map(self._put, batch))
@@ -157,7 +183,7 @@ class DeviceBatches:
         if isinstance(self._batches, Generator):
             self._batches.close()
 
-    def _next_on_host(self) -> Batch | None:
+    def _next_on_host(self) -> Item | None:
         start = time.perf_counter()
         batch = next(self._batches, None)
         self.waited_seconds += time.perf_counter() - start
@@ -168,13 +194,13 @@ class DeviceBatches:
 
 
 def prefetch_to_device(
-    batches: Iterator[Batch], sharding: jax.sharding.Sharding, size: int = 2
-) -> DeviceBatches:
-    """Moves batches to the devices ahead of their use.
+    batches: Iterator[Item], sharding: jax.sharding.Sharding, size: int = 2
+) -> DeviceBatches[Item]:
+    """Moves batches, or what else a step takes, to the devices ahead of their use.
 
     Args:
         batches: Batches on the host; with several processes, each one's share.
-        sharding: Over which devices the leading axis is spread.
+        sharding: How their arrays are spread over the devices.
         size: How many batches lie on the devices at a time.
     """
     return DeviceBatches(batches, sharding, size)
@@ -197,14 +223,9 @@ class _TrainingSamples:
     """The training images by position: row by row of step by step (a Grain source)."""
 
     dataset: Dataset
-    indices: tuple[int, ...]
+    order: TrainingOrder
     image_size: tuple[int, int]
-    augmentation: AugmentationConfig
-    _: dataclasses.KW_ONLY
     channels: int
-    seed: int
-    batch_size: int
-    steps_per_epoch: int
     steps: range
     rows: range
 
@@ -213,13 +234,7 @@ class _TrainingSamples:
 
     def __getitem__(self, position: int) -> Batch:
         step, row = divmod(position, len(self.rows))
-        epoch, step = divmod(self.steps[step], self.steps_per_epoch)
-        order = _epoch_order(self.seed, epoch, len(self.indices))
-        record = self.indices[order[step * self.batch_size + self.rows[row]]]
-        transform = Transform()
-        if self.augmentation.enabled:
-            rng = np.random.default_rng([self.seed, epoch, _FOR_AUGMENTATION, record])
-            transform = draw_transform(self.augmentation, rng)
+        record, transform = self.order.sample(self.steps[step], self.rows[row])
         return _sample(self.dataset, record, self.image_size, self.channels, transform)
 
 

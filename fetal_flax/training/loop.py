@@ -17,7 +17,7 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,18 @@ from fetal_flax.data import splits
 from fetal_flax.data.builders import Dataset, open_dataset
 from fetal_flax.data.pipeline import (
     DeviceBatches,
+    TrainingOrder,
     evaluation_batches,
     foreground_fraction,
     prefetch_to_device,
     steps_per_epoch,
     training_batches,
+)
+from fetal_flax.data.resident import (
+    Resident,
+    evaluation_plan,
+    load_resident,
+    training_plans,
 )
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation import pictures
@@ -47,12 +54,25 @@ from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 from fetal_flax.training.progress import Bar, Logs, Progress
 from fetal_flax.training.schedule import EarlyStopping, Plateau
-from fetal_flax.training.sharding import batch_sharding, check_batch_size, create_mesh, replicated
+from fetal_flax.training.sharding import (
+    batch_sharding,
+    check_batch_size,
+    create_mesh,
+    plan_sharding,
+    replicated,
+)
 from fetal_flax.training.step import Steps, TrainState, create_state, create_steps
 
 SHEET_IMAGES = 12
 # Settings that may change when a run is resumed: they don't change what a step computes.
-RESUMABLE = ("schedule.epochs", "data.workers", "data.prefetch", "data.cache_dir", "data.data_dir")
+RESUMABLE = (
+    "schedule.epochs",
+    "data.workers",
+    "data.prefetch",
+    "data.steps_per_dispatch",
+    "data.cache_dir",
+    "data.data_dir",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +87,8 @@ class Run:
     steps: Steps
     steps_per_epoch: int
     variables: Variables
+    resident: Resident | None
+    """The images, where they are on the devices."""
 
     def description(self, progress: dict[str, Any]) -> Description:
         """Returns what the run's checkpoints say of themselves."""
@@ -137,6 +159,9 @@ def prepare(config: TrainConfig) -> Run:
         steps=create_steps(config, float(pos_weight), mesh),
         steps_per_epoch=epoch_steps,
         variables=variables,
+        resident=load_resident(dataset, config.data.image_size, replicated(mesh))
+        if config.data.backend == "device"
+        else None,
     )
 
 
@@ -240,45 +265,92 @@ def read_config(workdir: Path) -> TrainConfig:
     return from_dict(TrainConfig, values)
 
 
+class Training(NamedTuple):
+    """What an epoch is made of: `state, metrics = step(state, *constants, next(work))`."""
+
+    step: jax.stages.Wrapped
+    constants: tuple[Any, ...]
+    work: DeviceBatches
+    """A batch, or a plan of several, at a time."""
+    steps: int
+    """Training steps that one call of `step` does."""
+
+
 @contextlib.contextmanager
-def training_batches_on_device(
-    run: Run, start_step: int, total_steps: int
-) -> Iterator[DeviceBatches]:
-    """Opens the batches of the steps from `start_step` up to `total_steps`."""
+def open_training(run: Run, start_step: int, total_steps: int) -> Iterator[Training]:
+    """Opens the steps from `start_step` up to `total_steps`, both starts of an epoch."""
     config = run.config
-    batches = training_batches(
-        run.dataset,
-        run.split.train,
-        config.data,
-        config.augmentation,
-        channels=config.model.in_channels,
-        seed=config.seed,
-        batch_size=config.schedule.batch_size,
-        start_step=start_step,
-        total_steps=total_steps,
-    )
-    with contextlib.closing(prefetch_to_device(batches, batch_sharding(run.mesh))) as on_device:
-        yield on_device
+    if run.resident is None:
+        batches = training_batches(
+            run.dataset,
+            run.split.train,
+            config.data,
+            config.augmentation,
+            channels=config.model.in_channels,
+            seed=config.seed,
+            batch_size=config.schedule.batch_size,
+            start_step=start_step,
+            total_steps=total_steps,
+        )
+        work = prefetch_to_device(batches, batch_sharding(run.mesh))
+        training = Training(run.steps.train, (), work, steps=1)
+    else:
+        steps = _steps_per_dispatch(run)
+        order = TrainingOrder(
+            run.split.train, config.augmentation, config.seed, config.schedule.batch_size
+        )
+        plans = training_plans(
+            order,
+            config.data.image_size,
+            steps=steps,
+            start_step=start_step,
+            total_steps=total_steps,
+        )
+        work = prefetch_to_device(plans, plan_sharding(run.mesh))
+        training = Training(run.steps.train_resident, (run.resident,), work, steps)
+    with contextlib.closing(work):
+        yield training
+
+
+def _steps_per_dispatch(run: Run) -> int:
+    """Returns the largest divisor of an epoch's steps that the setting allows."""
+    on_cpu = run.mesh.devices.flat[0].platform == "cpu"
+    default = 1 if on_cpu else run.steps_per_epoch
+    at_most = min(run.config.data.steps_per_dispatch or default, run.steps_per_epoch)
+    return next(n for n in range(at_most, 0, -1) if run.steps_per_epoch % n == 0)
 
 
 def evaluate(run: Run, variables: Variables) -> dict[str, float]:
     """Returns mean loss and Dice over the validation split, every image counted once."""
-    config = run.config
+    losses, dices = [], []
+    for metrics, valid in _evaluated_batches(run, variables):
+        losses += [float(metrics["loss"])] * int(valid.sum())
+        dices += np.asarray(metrics["dice"])[valid].tolist()
+    return {"validation_loss": float(np.mean(losses)), "validation_dice": float(np.mean(dices))}
+
+
+def _evaluated_batches(
+    run: Run, variables: Variables
+) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Yields the metrics of each batch, and which of its images count."""
+    config, batch_size = run.config, run.config.schedule.batch_size
+    if run.resident is not None:
+        plan = evaluation_plan(run.split.validation, batch_size)
+        on_device = jax.device_put(plan, plan_sharding(run.mesh))
+        metrics = jax.device_get(run.steps.evaluate_resident(variables, run.resident, on_device))
+        for step, record in enumerate(plan.record):
+            yield {name: values[step] for name, values in metrics.items()}, record >= 0
+        return
     batches = evaluation_batches(
         run.dataset,
         run.split.validation,
         config.data,
         channels=config.model.in_channels,
-        batch_size=config.schedule.batch_size,
+        batch_size=batch_size,
     )
-    losses, dices = [], []
     with contextlib.closing(prefetch_to_device(batches, batch_sharding(run.mesh))) as on_device:
         for batch in on_device:
-            metrics = run.steps.evaluate(variables, batch)
-            valid = np.asarray(batch.valid)
-            losses += [float(metrics["loss"])] * int(valid.sum())
-            dices += np.asarray(metrics["dice"])[valid].tolist()
-    return {"validation_loss": float(np.mean(losses)), "validation_dice": float(np.mean(dices))}
+            yield run.steps.evaluate(variables, batch), np.asarray(batch.valid)
 
 
 def _train_epochs(
@@ -293,11 +365,11 @@ def _train_epochs(
     total_steps = schedule.epochs * run.steps_per_epoch
     with (
         contextlib.closing(logs),
-        training_batches_on_device(run, int(state.step), total_steps) as batches,
+        open_training(run, int(state.step), total_steps) as training,
     ):
         while done.epochs < schedule.epochs and not done.stopping.should_stop(schedule):
             start = time.perf_counter()
-            state, numbers = _train_epoch(run, state, batches, done.epochs + 1, logs, progress)
+            state, numbers = _train_epoch(run, state, training, done.epochs + 1, logs, progress)
             numbers |= evaluate(run, _variables(state))
             numbers |= {
                 "learning_rate": float(state.learning_rates["main"]),
@@ -319,37 +391,39 @@ def _train_epochs(
 def _train_epoch(
     run: Run,
     state: TrainState,
-    batches: DeviceBatches,
+    training: Training,
     epoch: int,
     logs: Logs,
     progress: Progress,
 ) -> tuple[TrainState, dict[str, float]]:
-    """Runs one epoch's steps, reading metrics one step late so that dispatch never waits."""
+    """Runs one epoch's steps, reading metrics one call late so that dispatch never waits."""
     first_step = (epoch - 1) * run.steps_per_epoch
     batch_size = run.config.schedule.batch_size
     pending: collections.deque[dict[str, jax.Array]] = collections.deque()
     losses: list[float] = []
     dices: list[float] = []
-    waited, start = batches.waited_seconds, time.perf_counter()
+    work = training.work
+    waited, start = work.waited_seconds, time.perf_counter()
 
     def read(bar: Bar) -> None:
-        metrics = pending.popleft()
-        losses.append(float(metrics["loss"]))
-        dices.append(float(metrics["dice"]))
+        metrics = jax.device_get(pending.popleft())
+        for loss, dice in zip(*map(np.atleast_1d, (metrics["loss"], metrics["dice"])), strict=True):
+            losses.append(float(loss))
+            dices.append(float(dice))
+            logs.step(first_step + len(losses), losses[-1], dices[-1])
         elapsed = time.perf_counter() - start
-        logs.step(first_step + len(losses), losses[-1], dices[-1])
         bar.show(
             loss=losses[-1],
             dice=dices[-1],
             images_per_second=len(losses) * batch_size / elapsed,
-            waiting=(batches.waited_seconds - waited) / elapsed,
+            waiting=(work.waited_seconds - waited) / elapsed,
         )
 
     with progress.bar(epoch, run.steps_per_epoch) as bar:
-        for _ in range(run.steps_per_epoch):
-            state, metrics = run.steps.train(state, next(batches))
+        for _ in range(run.steps_per_epoch // training.steps):
+            state, metrics = training.step(state, *training.constants, next(work))
             pending.append(metrics)
-            bar.advance()
+            bar.advance(training.steps)
             if len(pending) > 1:
                 read(bar)
         while pending:
@@ -361,7 +435,7 @@ def _train_epoch(
         "train_loss": float(np.mean(losses)),
         "train_dice": float(np.mean(dices)),
         "images_per_second": run.steps_per_epoch * batch_size / elapsed,
-        "waiting": (batches.waited_seconds - waited) / elapsed,
+        "waiting": (work.waited_seconds - waited) / elapsed,
     }
 
 

@@ -26,24 +26,29 @@ def dry_run(config: TrainConfig) -> None:
 
     state = create_state(config, run.variables, run.mesh)
     state_bytes = _bytes(state)
-    with loop.training_batches_on_device(run, start_step=0, total_steps=1) as batches:
-        batch = next(batches)
+    with loop.open_training(run, start_step=0, total_steps=run.steps_per_epoch) as training:
+        work = next(training.work)
+    arguments = state, *training.constants, work
     start = time.perf_counter()
-    compiled = run.steps.train.lower(state, batch).compile()
+    compiled = training.step.lower(*arguments).compile()
     compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     temporaries = f"{memory.temp_size_in_bytes / 1e6:.0f} MB" if memory else "unknown"
     start = time.perf_counter()
-    _, metrics = jax.block_until_ready(compiled(state, batch))
+    _, metrics = jax.block_until_ready(compiled(*arguments))
     step_seconds = time.perf_counter() - start
     console.print(
         f"memory on each device: state {state_bytes / 1e6:.0f} MB, temporaries {temporaries} "
         f"(XLA's estimate); compiled in {compile_seconds:.1f} s\n"
-        f"first step: loss {float(metrics['loss']):.4f}, Dice {float(metrics['dice']):.4f}, "
-        f"{step_seconds:.2f} s\n"
+        f"first step: loss {_first(metrics['loss']):.4f}, Dice {_first(metrics['dice']):.4f}, "
+        f"{step_seconds / training.steps:.2f} s a step\n"
         f"a run takes {config.schedule.epochs} epochs of {run.steps_per_epoch} steps at most",
         highlight=False,
     )
+
+
+def _first(metric: jax.Array) -> float:
+    return float(metric.ravel()[0])
 
 
 def _bytes(state: TrainState) -> int:

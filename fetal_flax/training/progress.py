@@ -69,9 +69,9 @@ class Bar:
         self._progress = progress
         self._task = task
 
-    def advance(self) -> None:
-        """Counts a step that was dispatched."""
-        self._progress.advance(self._task)
+    def advance(self, steps: int) -> None:
+        """Counts steps that were dispatched."""
+        self._progress.advance(self._task, steps)
 
     def show(self, *, loss: float, dice: float, images_per_second: float, waiting: float) -> None:
         """Shows the numbers of a step that is done."""

@@ -22,6 +22,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
 
+def plan_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding that splits an array's second axis, behind that of the steps."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that keeps a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from fetal_flax.config import TrainConfig
 from fetal_flax.data.pipeline import Batch
+from fetal_flax.data.resident import Plan, Resident, take_batch
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Arrays, Variables
 from fetal_flax.training import losses
@@ -26,7 +27,7 @@ from fetal_flax.training.optimizer import (
     initial_learning_rates,
     label_parameters,
 )
-from fetal_flax.training.sharding import batch_sharding, replicated
+from fetal_flax.training.sharding import batch_sharding, plan_sharding, replicated
 
 Metrics = dict[str, Array]
 
@@ -59,6 +60,11 @@ class Steps(NamedTuple):
     """(TrainState, Batch) → (TrainState, Metrics)."""
     evaluate: jax.stages.Wrapped
     """(Variables, Batch) → Metrics."""
+    train_resident: jax.stages.Wrapped
+    """(TrainState, Resident, Plan) → (TrainState, Metrics): the steps of a plan, one after the
+    other, in one dispatch; a metric has a leading axis of steps."""
+    evaluate_resident: jax.stages.Wrapped
+    """(Variables, Resident, Plan) → Metrics, likewise."""
 
 
 def create_state(config: TrainConfig, variables: Variables, mesh: Mesh) -> TrainState:
@@ -91,7 +97,7 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
     Returns:
         `train(state, batch)`, which consumes the state and returns the next one with `loss` and
         `dice` of the batch, and `evaluate(variables, batch)`, which returns the `loss` over the
-        valid images and `dice` per image.
+        valid images and `dice` per image; and both over images that are on the devices.
     """
     labels = _labels(config)
     optimizer = create_optimizer(config.optimizer, labels)
@@ -123,10 +129,26 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
         loss = losses.dice_bce_loss(logits, masks, valid, config=config.loss, pos_weight=pos_weight)
         return {"loss": loss, "dice": losses.hard_dice(logits, masks)}
 
-    whole, split = replicated(mesh), batch_sharding(mesh)
+    whole, split, planned = replicated(mesh), batch_sharding(mesh), plan_sharding(mesh)
+
+    def batch_of(resident: Resident, step: Plan) -> Batch:
+        batch = take_batch(resident, step, config.model.in_channels)
+        return jax.lax.with_sharding_constraint(batch, split)
+
+    def train_resident(
+        state: TrainState, resident: Resident, plan: Plan
+    ) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(lambda state, step: train(state, batch_of(resident, step)), state, plan)
+
+    def evaluate_resident(variables: Variables, resident: Resident, plan: Plan) -> Metrics:
+        return jax.lax.map(lambda step: evaluate(variables, batch_of(resident, step)), plan)
+
+    trained = {"out_shardings": (whole, whole), "donate_argnums": 0}
     return Steps(
-        jax.jit(train, in_shardings=(whole, split), out_shardings=(whole, whole), donate_argnums=0),
+        jax.jit(train, in_shardings=(whole, split), **trained),
         jax.jit(evaluate, in_shardings=(whole, split), out_shardings=whole),
+        jax.jit(train_resident, in_shardings=(whole, whole, planned), **trained),
+        jax.jit(evaluate_resident, in_shardings=(whole, whole, planned), out_shardings=whole),
     )
 
 

@@ -115,6 +115,36 @@ def test_resuming_goes_on_exactly(finished, cache_dir, tmp_path):
             np.testing.assert_array_equal(ours[name], theirs[name])
 
 
+def on_device(config: TrainConfig, **data) -> TrainConfig:
+    changed = dataclasses.replace(config.data, backend="device", **data)
+    return dataclasses.replace(config, data=changed)
+
+
+@pytest.mark.slow
+def test_the_devices_own_batches_train_as_the_hosts_do(finished, cache_dir, tmp_path):
+    """Steps by ones and twos; the warp is a grey level off here and there."""
+    for steps in (1, 2):
+        config = on_device(small_config(cache_dir), steps_per_dispatch=steps)
+        workdir = loop.train(config, tmp_path / str(steps))
+        for ours, theirs in zip(rows(workdir), rows(finished), strict=True):
+            for name in theirs:
+                assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=2e-3), name
+    events = list((tmp_path / "2" / "tensorboard").glob("events*"))
+    assert len(events) == 1 and events[0].stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_resuming_on_the_devices_own_batches_is_exact(cache_dir, tmp_path):
+    undisturbed = loop.train(
+        on_device(small_config(cache_dir), steps_per_dispatch=4), tmp_path / "undisturbed"
+    )
+    config = on_device(small_config(cache_dir, epochs=1), steps_per_dispatch=4)
+    loop.train(config, tmp_path / "run")
+    config = on_device(small_config(cache_dir, epochs=2), steps_per_dispatch=4)
+    loop.train(config, tmp_path / "run", resume=True)
+    assert rows(tmp_path / "run") == rows(undisturbed)
+
+
 def test_early_stopping_ends_a_run(cache_dir, tmp_path):
     # A rate of nearly nothing cannot improve for long.
     config = small_config(cache_dir, epochs=30, early_stopping_patience=1)

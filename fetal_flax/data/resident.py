@@ -1,0 +1,137 @@
+"""The data set in the devices' own memory: shuffled, varied and batched without the host.
+
+HC18 at 256×256 is 100 MB as uint8. Once there, an epoch needs nothing from the host but which
+image stands where and how it is warped, a few kilobytes, so nothing can wait for data. Order and
+augmentation are those of the host's pipeline (`TrainingOrder`), drawn by the same code; the warp
+agrees with albumentations' to a grey level (tests/data/test_resident.py).
+"""
+
+import concurrent.futures
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.ndimage import map_coordinates
+from jaxtyping import Array, Float32, Int32, UInt8
+
+from fetal_flax.data.augmentation import sampling_matrix
+from fetal_flax.data.builders import Dataset
+from fetal_flax.data.images import resize_image, resize_mask
+from fetal_flax.data.pipeline import Batch, HostOrDevice, TrainingOrder
+from fetal_flax.data.workers import available_cpus
+
+
+class Resident(NamedTuple):
+    """A data set's images at the network's size, on every device."""
+
+    image: UInt8[Array, "records height width"]
+    mask: UInt8[Array, "records height width"]
+    """1 in the head, 0 outside."""
+
+
+class Plan(NamedTuple):
+    """What the rows of some steps hold."""
+
+    record: Int32[HostOrDevice, "steps batch"]
+    """Index in the data set; -1 where padded."""
+    matrix: Float32[HostOrDevice, "steps batch 2 3"]
+    """From a pixel of the batch to where in the image it is taken from: `sampling_matrix`."""
+
+
+def load_resident(
+    dataset: Dataset, size: tuple[int, int], sharding: jax.sharding.Sharding
+) -> Resident:
+    """Reads a data set, resizes it as the host's pipeline does, and puts it on the devices.
+
+    Args:
+        dataset: The data set.
+        size: Height and width that the network sees.
+        sharding: Replicated over the devices.
+    """
+
+    def load(index: int) -> tuple[np.ndarray, np.ndarray]:
+        record = dataset.record(index)
+        return resize_image(record.image, size), resize_mask(record.mask, size) > 0
+
+    with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
+        images, masks = zip(*pool.map(load, range(len(dataset))), strict=True)
+    arrays = np.stack(images), np.stack(masks).astype(np.uint8)
+    return Resident(*(jax.make_array_from_process_local_data(sharding, a) for a in arrays))
+
+
+def training_plans(
+    order: TrainingOrder,
+    size: tuple[int, int],
+    *,
+    steps: int,
+    start_step: int,
+    total_steps: int,
+) -> Generator[Plan, None, None]:
+    """Yields the plans of the steps from `start_step` up to `total_steps`, `steps` at a time.
+
+    Args:
+        order: Which image stands where.
+        size: Height and width of the images.
+        steps: Steps per plan.
+        start_step: The first step.
+        total_steps: The step to stop before; the number of steps is a multiple of `steps`.
+    """
+    for first in range(start_step, total_steps, steps):
+        records, transforms = zip(
+            *(
+                order.sample(step, row)
+                for step in range(first, first + steps)
+                for row in range(order.batch_size)
+            ),
+            strict=True,
+        )
+        matrices = np.stack([sampling_matrix(transform, size) for transform in transforms])
+        yield Plan(
+            np.array(records, np.int32).reshape(steps, order.batch_size),
+            matrices.astype(np.float32).reshape(steps, order.batch_size, 2, 3),
+        )
+
+
+def evaluation_plan(indices: Sequence[int], batch_size: int) -> Plan:
+    """Returns the plan that takes every record of `indices` once, as it is, in order."""
+    padded = np.full(-(-len(indices) // batch_size) * batch_size, -1, np.int32)
+    padded[: len(indices)] = indices
+    record = padded.reshape(-1, batch_size)
+    return Plan(record, np.broadcast_to(np.eye(2, 3, dtype=np.float32), (*record.shape, 2, 3)))
+
+
+def take_batch(resident: Resident, step: Plan, channels: int) -> Batch:
+    """Returns the batch of one step; a pure function for use under jit.
+
+    Args:
+        resident: The images.
+        step: One step's row of a plan, without the leading axis.
+        channels: Channels of the images; grey is repeated.
+    """
+    record = jnp.asarray(step.record)
+    image, mask = jax.vmap(_warp)(
+        resident.image[record], resident.mask[record], jnp.asarray(step.matrix)
+    )
+    return Batch(
+        image=jnp.repeat(image[..., None], channels, axis=-1),
+        mask=mask[..., None],
+        valid=record >= 0,
+        record=record,
+    )
+
+
+def _warp(
+    image: UInt8[Array, "height width"],
+    mask: UInt8[Array, "height width"],
+    matrix: Float32[Array, "2 3"],
+) -> tuple[UInt8[Array, "height width"], UInt8[Array, "height width"]]:
+    """Samples an image bilinearly and its mask at the nearest pixel; 0 lies outside."""
+    y, x = jnp.mgrid[: image.shape[0], : image.shape[1]].astype(jnp.float32)
+    from_x, from_y = (row[0] * x + row[1] * y + row[2] for row in matrix)
+    bilinear, nearest = (
+        map_coordinates(pixels.astype(jnp.float32), (from_y, from_x), order=order)
+        for pixels, order in ((image, 1), (mask, 0))
+    )
+    return jnp.round(bilinear).astype(jnp.uint8), nearest.astype(jnp.uint8)

@@ -1,0 +1,132 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fetal_flax.config import AugmentationConfig, DataConfig
+from fetal_flax.data import builders, hc18, pipeline
+from fetal_flax.data.augmentation import Transform, apply_transform, draw_transform, sampling_matrix
+from fetal_flax.data.images import resize_image, resize_mask
+from fetal_flax.data.resident import (
+    Plan,
+    Resident,
+    evaluation_plan,
+    load_resident,
+    take_batch,
+    training_plans,
+)
+from fetal_flax.training.sharding import create_mesh, replicated
+
+SIZE = (64, 96)
+MOVING, STILL = AugmentationConfig(affine_probability=1.0), AugmentationConfig(enabled=False)
+
+
+@pytest.fixture
+def dataset(tiny_hc18, tmp_path) -> builders.Dataset:
+    config = DataConfig(data_dir=str(tiny_hc18), cache_dir=str(tmp_path / "cache"))
+    return builders.open_dataset(config, seed=0)
+
+
+@pytest.fixture
+def resident(dataset) -> Resident:
+    return load_resident(dataset, SIZE, replicated(create_mesh()))
+
+
+take = jax.jit(take_batch, static_argnames="channels")
+
+
+def batches(resident: Resident, plans, channels: int = 1) -> list[pipeline.Batch]:
+    return [
+        jax.device_get(take(resident, jax.tree.map(lambda a, step=step: a[step], plan), channels))
+        for plan in plans
+        for step in range(len(plan.record))
+    ]
+
+
+def test_the_devices_hold_the_resized_records(dataset, resident):
+    assert resident.image.shape == resident.mask.shape == (len(dataset), *SIZE)
+    assert resident.image.dtype == resident.mask.dtype == np.uint8
+    for index in range(len(dataset)):
+        record = dataset.record(index)
+        np.testing.assert_array_equal(resident.image[index], resize_image(record.image, SIZE))
+        np.testing.assert_array_equal(255 * resident.mask[index], resize_mask(record.mask, SIZE))
+
+
+@pytest.mark.parametrize("augmentation", [MOVING, STILL], ids=["moving", "still"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_batches_are_those_of_the_host(dataset, resident, augmentation, channels):
+    """Ten steps are five epochs: two whole batches of two, the fifth image sits out."""
+    config = DataConfig(image_size=SIZE, workers=0)
+    flags = {"channels": channels, "seed": 3, "batch_size": 2, "total_steps": 10}
+    hosts = list(pipeline.training_batches(dataset, range(5), config, augmentation, **flags))
+    order = pipeline.TrainingOrder(tuple(range(5)), augmentation, seed=3, batch_size=2)
+    plans = training_plans(order, SIZE, steps=2, start_step=0, total_steps=10)
+    ours = batches(resident, plans, channels)
+    assert len(ours) == len(hosts) == 10
+    for own, host in zip(ours, hosts, strict=True):
+        np.testing.assert_array_equal(own.record, host.record)
+        np.testing.assert_array_equal(own.valid, host.valid)
+        assert own.image.dtype == own.mask.dtype == np.uint8
+        difference = np.abs(own.image.astype(int) - host.image)
+        assert difference.max() <= (1 if augmentation is MOVING else 0)
+        assert difference.mean() < 0.01
+        assert (own.mask != host.mask).mean() < 1e-3
+
+
+def test_plans_of_any_length_and_start_take_the_same(dataset, resident):
+    order = pipeline.TrainingOrder((0, 2, 3, 5), MOVING, seed=1, batch_size=2)
+    plans = [
+        Plan(*map(np.concatenate, zip(*training_plans(order, SIZE, **range_), strict=True)))
+        for range_ in (
+            {"steps": 1, "start_step": 4, "total_steps": 8},
+            {"steps": 2, "start_step": 4, "total_steps": 8},
+            {"steps": 4, "start_step": 4, "total_steps": 8},
+        )
+    ]
+    whole = Plan(
+        *(
+            array[4:]
+            for array in next(training_plans(order, SIZE, steps=8, start_step=0, total_steps=8))
+        )
+    )
+    for plan in plans:
+        jax.tree.map(np.testing.assert_array_equal, plan, whole)
+    assert set(whole.record.ravel().tolist()) <= {0, 2, 3, 5}
+
+
+def test_the_warp_is_albumentations_own_on_real_images(shared_dir):
+    warp = jax.jit(take_batch, static_argnames="channels")
+    for number, record in enumerate(hc18.find_records(shared_dir / "hc18")[::40]):
+        native, mask = hc18.load(record)
+        image, mask = resize_image(native, (256, 256)), resize_mask(mask, (256, 256))
+        transform = draw_transform(MOVING, np.random.default_rng(number))
+        expected, expected_mask = apply_transform(transform, image, mask)
+        matrix = sampling_matrix(transform, image.shape).astype(np.float32)
+        resident = Resident(jnp.asarray(image[None]), jnp.asarray(mask[None] // 255))
+        batch = warp(resident, Plan(np.zeros(1, np.int32), matrix[None]), channels=1)
+        difference = np.abs(np.asarray(batch.image)[0, ..., 0].astype(int) - expected)
+        assert difference.max() <= 1 and difference.mean() < 0.01
+        assert (np.asarray(batch.mask)[0, ..., 0] != expected_mask // 255).mean() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [Transform(), Transform(flip=True), Transform(shift=(3 / 64, -6 / 96))],
+    ids=["none", "flip", "shift"],
+)
+def test_what_meets_the_pixels_is_exact(resident, transform):
+    image, mask = (np.asarray(array[0]) for array in resident)
+    matrix = sampling_matrix(transform, SIZE).astype(np.float32)
+    batch = take(resident, Plan(np.zeros(1, np.int32), matrix[None]), 1)
+    expected, expected_mask = apply_transform(transform, image, mask)
+    np.testing.assert_array_equal(batch.image[0, ..., 0], expected)
+    np.testing.assert_array_equal(batch.mask[0, ..., 0], expected_mask)
+
+
+def test_an_evaluation_takes_every_record_once_and_marks_the_padding(dataset, resident):
+    plan = evaluation_plan((1, 4, 5), batch_size=2)
+    assert plan.record.tolist() == [[1, 4], [5, -1]]
+    first, last = batches(resident, [plan])
+    assert first.valid.tolist() == [True, True] and last.valid.tolist() == [True, False]
+    np.testing.assert_array_equal(first.image[1, ..., 0], resident.image[4])
+    np.testing.assert_array_equal(last.mask[0, ..., 0], resident.mask[5])
