@@ -15,7 +15,8 @@ from fetal_flax import checkpoints
 from fetal_flax.config import ModelConfig
 from fetal_flax.data.images import resize_image
 from fetal_flax.models import functional
-from fetal_flax.models.functional import Variables
+from fetal_flax.models.convolution import compiler_options
+from fetal_flax.models.functional import Arrays, Variables
 
 Image = UInt8[np.ndarray, "height width"]
 NetworkLogits = Float32[np.ndarray, "network_height network_width"]
@@ -40,16 +41,16 @@ class Predictor:
         *,
         batch_size: int = 16,
     ):
-        self._variables = variables
+        self._arrays = functional.fold(model, variables)
         self._image_size = image_size
         self._batch_size = batch_size
         self._channels = model.in_channels
 
-        def logits(variables: Variables, images: jax.Array) -> jax.Array:
+        def logits(arrays: Arrays, images: jax.Array) -> jax.Array:
             scaled = images.astype(jnp.float32) / 255
-            return functional.apply(model, variables, scaled)[0][..., 0]
+            return functional.infer(model, arrays, scaled)[..., 0]
 
-        self._logits = jax.jit(logits)
+        self._logits = jax.jit(logits, compiler_options=compiler_options())
 
     @classmethod
     def from_checkpoint(cls, directory: Path, *, batch_size: int = 16) -> "Predictor":
@@ -73,7 +74,7 @@ class Predictor:
             size = size or len(part)
             padding = [np.zeros_like(part[0])] * (size - len(part))
             batch = np.stack(part + padding)[..., None].repeat(self._channels, axis=-1)
-            yield from np.asarray(self._logits(self._variables, batch))[: len(part)]
+            yield from np.asarray(self._logits(self._arrays, batch))[: len(part)]
 
     def segment(
         self, items: Iterable[Item], image: Callable[[Item], Image]
