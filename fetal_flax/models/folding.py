@@ -50,7 +50,7 @@ def fold_up(stage: SEStage | PlainStage) -> None:
     stage.up = None
 
 
-class FoldedConv(nnx.Module):
+class FoldedConv(Conv):
     """A convolution of an upsampled map and a skip that takes the map before it is upsampled.
 
     Args:
@@ -67,13 +67,14 @@ class FoldedConv(nnx.Module):
             of_up, of_skip = jnp.split(kernel, [between], axis=2)
         compose = UpConv1x1 if len(kernel) == 1 else UpConv3x3
         self.up = compose(up.kernel[...], up.bias[...], of_up)
-        self.conv = conv
-        self.conv.kernel.set_value(of_skip)
+        self.kernel = nnx.Param(of_skip)
+        self.bias = conv.bias
+        self.stride, self.dilation, self.depthwise = conv.stride, conv.dilation, conv.depthwise
         self.skip_first = skip_first
 
     def __call__(self, *maps: FeatureMap) -> FeatureMap:
         skip, x = maps if self.skip_first else maps[::-1]
-        return self.up(x) + self.conv(skip)
+        return self.up(x) + super().__call__(skip)
 
 
 class UpConv1x1(UpConv):

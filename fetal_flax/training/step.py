@@ -17,6 +17,7 @@ from jaxtyping import Array
 from fetal_flax.config import TrainConfig
 from fetal_flax.data.pipeline import Batch
 from fetal_flax.models import functional
+from fetal_flax.models.convolution import compiler_options
 from fetal_flax.models.functional import Arrays, Variables
 from fetal_flax.training import losses
 from fetal_flax.training.optimizer import (
@@ -125,8 +126,19 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
 
     whole, split = replicated(mesh), batch_sharding(mesh)
     return Steps(
-        jax.jit(train, in_shardings=(whole, split), out_shardings=(whole, whole), donate_argnums=0),
-        jax.jit(evaluate, in_shardings=(whole, split), out_shardings=whole),
+        jax.jit(
+            train,
+            in_shardings=(whole, split),
+            out_shardings=(whole, whole),
+            donate_argnums=0,
+            compiler_options=compiler_options(),
+        ),
+        jax.jit(
+            evaluate,
+            in_shardings=(whole, split),
+            out_shardings=whole,
+            compiler_options=compiler_options(),
+        ),
     )
 
 
