@@ -74,8 +74,8 @@ MUTATIONS = {
     ),
     "skip and upsampled map exchanged": Mutation(
         "fetal_flax/models/unet.py",
-        "concat(skip, x) if self.skip_first else concat(x, skip)",
-        "concat(x, skip) if self.skip_first else concat(skip, x)",
+        "(skip, x) if self.skip_first else (x, skip)",
+        "(x, skip) if self.skip_first else (skip, x)",
         NETWORK,
     ),
     "Dice per image for Dice over the batch": Mutation(

@@ -16,7 +16,8 @@ from fetal_flax import checkpoints
 from fetal_flax.config import ModelConfig
 from fetal_flax.data.images import resize_image
 from fetal_flax.models import functional
-from fetal_flax.models.functional import Variables
+from fetal_flax.models.convolution import compiler_options
+from fetal_flax.models.functional import Arrays, Variables
 
 Image = UInt8[np.ndarray, "height width"]
 NetworkLogits = Float32[np.ndarray, "network_height network_width"]
@@ -46,22 +47,22 @@ class Predictor:
         batch_size: int = 16,
         tta: TestTimeAugmentation = "none",
     ):
-        self._variables = variables
+        self._arrays = functional.fold(model, variables)
         self._image_size = image_size
         self._batch_size = batch_size
         self._channels = model.in_channels
 
-        def logits(variables: Variables, images: jax.Array) -> jax.Array:
+        def logits(arrays: Arrays, images: jax.Array) -> jax.Array:
             scaled = images.astype(jnp.float32) / 255
-            return functional.apply(model, variables, scaled)[0][..., 0]
+            return functional.infer(model, arrays, scaled)[..., 0]
 
-        def views(variables: Variables, images: jax.Array) -> jax.Array:
-            seen = [logits(variables, images)]
+        def views(arrays: Arrays, images: jax.Array) -> jax.Array:
+            seen = [logits(arrays, images)]
             if tta == "flip":
-                seen.append(logits(variables, images[:, :, ::-1])[:, :, ::-1])
+                seen.append(logits(arrays, images[:, :, ::-1])[:, :, ::-1])
             return jnp.stack(seen, axis=1)
 
-        self._views = jax.jit(views)
+        self._views = jax.jit(views, compiler_options=compiler_options())
 
     @classmethod
     def from_checkpoint(cls, directory: Path, *, batch_size: int = 16) -> "Predictor":
@@ -85,7 +86,7 @@ class Predictor:
             size = size or len(part)
             padding = [np.zeros_like(part[0])] * (size - len(part))
             batch = np.stack(part + padding)[..., None].repeat(self._channels, axis=-1)
-            yield from np.asarray(self._views(self._variables, batch))[: len(part)]
+            yield from np.asarray(self._views(self._arrays, batch))[: len(part)]
 
     def logits(self, images: Iterable[Image]) -> Iterator[NetworkLogits]:
         """Yields each image's logits, those of the mean probability where there are two views."""

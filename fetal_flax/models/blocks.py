@@ -1,6 +1,5 @@
 """What the networks are built of: convolution blocks and squeeze-excite."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -22,10 +21,14 @@ class ConvNorm(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs, **conv):
         self.conv = Conv(inputs, outputs, size, rngs=rngs, **conv)
-        self.norm = BatchNorm(outputs)
+        self.norm: BatchNorm | None = BatchNorm(outputs)
 
-    def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
-        return self.norm(self.conv(x), train=train)
+    def __call__(self, *maps: FeatureMap, train: bool) -> FeatureMap:
+        y = self.conv(*maps)
+        if self.norm is None:
+            assert not train, "a folded batch norm has no batch statistics"
+            return y
+        return self.norm(y, train=train)
 
 
 class DoubleConv(nnx.Module):
@@ -41,8 +44,8 @@ class DoubleConv(nnx.Module):
         self.first = ConvNorm(inputs, outputs, 3, rngs=rngs)
         self.second = ConvNorm(outputs, outputs, 3, rngs=rngs)
 
-    def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
-        x = nnx.relu(self.first(x, train=train))
+    def __call__(self, *maps: FeatureMap, train: bool) -> FeatureMap:
+        x = nnx.relu(self.first(*maps, train=train))
         return nnx.relu(self.second(x, train=train))
 
 
@@ -92,13 +95,13 @@ class ResidualSEBlock(nnx.Module):
         self.shortcut = None if inputs == outputs else ConvNorm(inputs, outputs, 1, rngs=rngs)
         self.relu_after_sum = relu_after_sum
 
-    def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
-        y = nnx.relu(self.first(x, train=train))
+    def __call__(self, *maps: FeatureMap, train: bool) -> FeatureMap:
+        y = nnx.relu(self.first(*maps, train=train))
         y = self.second(y, train=train)
         if not self.relu_after_sum:
             y = nnx.relu(y)
         y = self.se(y)
-        y = y + (x if self.shortcut is None else self.shortcut(x, train=train))
+        y = y + (maps[0] if self.shortcut is None else self.shortcut(*maps, train=train))
         return nnx.relu(y) if self.relu_after_sum else y
 
 
@@ -113,11 +116,6 @@ def max_pool(x: FeatureMap) -> FeatureMap:
     x = jnp.where(x[..., 0, :] >= x[..., 1, :], x[..., 0, :], x[..., 1, :])
     x = x.reshape(batch, height // 2, 2, width // 2, channels)
     return jnp.where(x[:, :, 0] >= x[:, :, 1], x[:, :, 0], x[:, :, 1])
-
-
-def concat(first: FeatureMap, second: FeatureMap) -> FeatureMap:
-    """Joins two maps along their channels."""
-    return jax.lax.concatenate([first, second], 3)
 
 
 def _dense(inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:

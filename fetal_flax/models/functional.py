@@ -12,8 +12,9 @@ from flax import nnx, traverse_util
 from jaxtyping import Array
 
 from fetal_flax.config import ModelConfig
+from fetal_flax.models import folding
 from fetal_flax.models.layers import FeatureMap
-from fetal_flax.models.unet import Logits, Network, create_network
+from fetal_flax.models.unet import Logits, Network, UNet, create_network
 
 Arrays = dict[str, Array]
 
@@ -74,21 +75,57 @@ def apply(
         InputError: The images' shape doesn't fit the network.
     """
     network = merge(config, variables)
+    # Scaling kernels is cheaper than normalising maps, also if it is done in every call.
+    if not train:
+        folding.fold_norms(network)
+    elif not train_encoder and not isinstance(network, UNet):
+        folding.fold_norms(network.encoder)
     logits = network(images, train=train, train_encoder=train_encoder, dropout_key=dropout_key)
-    return logits, _flatten(nnx.state(network, nnx.BatchStat))
+    return logits, variables.batch_stats | _flatten(nnx.state(network, nnx.BatchStat))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def fold(config: ModelConfig, variables: Variables) -> Arrays:
+    """Returns the arrays of the network that models/folding.py makes for evaluation."""
+    network = merge(config, variables)
+    folding.fold(network)
+    return _flatten(nnx.state(network))
+
+
+def infer(config: ModelConfig, folded: Arrays, images: FeatureMap) -> Logits:
+    """Returns the logits of images in [0, 1] as `apply` does, from what `fold` returned.
+
+    Raises:
+        InputError: The images' shape doesn't fit the network.
+    """
+    network = _merge(*_structure(config, folded=True), folded)
+    if len(images) > 1 and jax.default_backend() == "cpu":
+        # One image's maps nearly fit into the cache; a batch's do not, and asking the system for
+        # their memory anew in every call takes a third of the time.
+        return jax.lax.map(lambda image: network(image[None])[0], images)
+    return network(images)
 
 
 def merge(config: ModelConfig, variables: Variables) -> Network:
     """Returns the network with these variables, as the module that it is."""
-    structure, paths = _structure(config)
-    arrays = {paths[name]: array for part in variables for name, array in part.items()}
-    return nnx.merge(structure, traverse_util.unflatten_dict(arrays))
+    params, batch_stats = variables
+    return _merge(*_structure(config), params | batch_stats)
+
+
+def _merge(structure: nnx.GraphDef, paths: dict[str, tuple], arrays: Arrays) -> Network:
+    nested = traverse_util.unflatten_dict({paths[name]: a for name, a in arrays.items()})
+    return nnx.merge(structure, nested)
 
 
 @functools.lru_cache
-def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, tuple]]:
-    abstract = nnx.eval_shape(lambda: create_network(config, rngs=nnx.Rngs(params=0)))
-    structure, state = nnx.split(abstract)
+def _structure(config: ModelConfig, *, folded: bool = False) -> tuple[nnx.GraphDef, dict]:
+    def create() -> Network:
+        network = create_network(config, rngs=nnx.Rngs(params=0))
+        if folded:
+            folding.fold(network)
+        return network
+
+    structure, state = nnx.split(nnx.eval_shape(create))
     return structure, {_name(path): path for path, _ in nnx.to_flat_state(state)}
 
 

@@ -101,11 +101,11 @@ class _Counted(nnx.Module):
         self.part = part
         self.macs = nnx.static(macs)
 
-    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
-        y = self.layer(x)
+    def __call__(self, *maps: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
+        y = self.layer(*maps)
         # A transposed convolution applies its kernel once per input pixel, the others once per
         # output pixel.
-        positions = (x if isinstance(self.layer, UpConv) else y)[..., 0].size
+        positions = (maps[0] if isinstance(self.layer, UpConv) else y)[..., 0].size
         self.macs[self.part] += positions * self.layer.kernel.size
         return y
 

@@ -22,7 +22,6 @@ from fetal_flax.models.blocks import (
     DoubleConv,
     ResidualSEBlock,
     SqueezeExcite,
-    concat,
     max_pool,
 )
 from fetal_flax.models.layers import Conv, FeatureMap, UpConv
@@ -63,7 +62,7 @@ class SEStage(nnx.Module):
     """
 
     def __init__(self, inputs: int, skip: int, outputs: int, variant: Variant, *, rngs: nnx.Rngs):
-        self.up = UpConv(inputs, outputs, rngs=rngs)
+        self.up: UpConv | None = UpConv(inputs, outputs, rngs=rngs)
         self.skip_se = SqueezeExcite(skip, bias=variant.se_bias, rngs=rngs)
         self.block = ResidualSEBlock(
             outputs + skip,
@@ -74,7 +73,8 @@ class SEStage(nnx.Module):
         )
 
     def __call__(self, x: FeatureMap, skip: FeatureMap, *, train: bool) -> FeatureMap:
-        return self.block(concat(self.up(x), self.skip_se(skip)), train=train)
+        x = x if self.up is None else self.up(x)
+        return self.block(x, self.skip_se(skip), train=train)
 
 
 class PlainStage(nnx.Module):
@@ -89,14 +89,14 @@ class PlainStage(nnx.Module):
     """
 
     def __init__(self, inputs: int, skip: int, outputs: int, *, skip_first: bool, rngs: nnx.Rngs):
-        self.up = UpConv(inputs, outputs, rngs=rngs)
+        self.up: UpConv | None = UpConv(inputs, outputs, rngs=rngs)
         self.block = DoubleConv(outputs + skip, outputs, rngs=rngs)
         self.skip_first = skip_first
 
     def __call__(self, x: FeatureMap, skip: FeatureMap, *, train: bool) -> FeatureMap:
-        x = self.up(x)
-        x = concat(skip, x) if self.skip_first else concat(x, skip)
-        return self.block(x, train=train)
+        x = x if self.up is None else self.up(x)
+        maps = (skip, x) if self.skip_first else (x, skip)
+        return self.block(*maps, train=train)
 
 
 class MobileNetASPPSEUNet(nnx.Module):

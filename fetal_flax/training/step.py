@@ -5,6 +5,7 @@ run. There is no `pmap` (legacy in today's JAX): the batch is sharded over a mes
 replicated, and XLA inserts the collectives. Batch norm is global for the same reason.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -18,6 +19,7 @@ from fetal_flax.config import TrainConfig
 from fetal_flax.data.pipeline import Batch
 from fetal_flax.data.resident import Plan, Resident, take_batch
 from fetal_flax.models import functional
+from fetal_flax.models.convolution import compiler_options
 from fetal_flax.models.functional import Arrays, Variables
 from fetal_flax.training import losses
 from fetal_flax.training.optimizer import (
@@ -143,12 +145,13 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
     def evaluate_resident(variables: Variables, resident: Resident, plan: Plan) -> Metrics:
         return jax.lax.map(lambda step: evaluate(variables, batch_of(resident, step)), plan)
 
+    jit = functools.partial(jax.jit, compiler_options=compiler_options())
     trained = {"out_shardings": (whole, whole), "donate_argnums": 0}
     return Steps(
-        jax.jit(train, in_shardings=(whole, split), **trained),
-        jax.jit(evaluate, in_shardings=(whole, split), out_shardings=whole),
-        jax.jit(train_resident, in_shardings=(whole, whole, planned), **trained),
-        jax.jit(evaluate_resident, in_shardings=(whole, whole, planned), out_shardings=whole),
+        jit(train, in_shardings=(whole, split), **trained),
+        jit(evaluate, in_shardings=(whole, split), out_shardings=whole),
+        jit(train_resident, in_shardings=(whole, whole, planned), **trained),
+        jit(evaluate_resident, in_shardings=(whole, whole, planned), out_shardings=whole),
     )
 
 

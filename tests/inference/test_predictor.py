@@ -24,12 +24,13 @@ def calls(monkeypatch) -> list[tuple[int, ...]]:
     """Replaces the network by `pixel − 0.5`; collects the shapes it is traced with."""
     shapes = []
 
-    def apply(config, variables, images):
-        del config, variables
+    def infer(config, arrays, images):
+        del config, arrays
         shapes.append(images.shape)
-        return images[..., :1] - 0.5, {}
+        return images[..., :1] - 0.5
 
-    monkeypatch.setattr(functional, "apply", apply)
+    monkeypatch.setattr(functional, "fold", lambda config, variables: {})
+    monkeypatch.setattr(functional, "infer", infer)
     return shapes
 
 

@@ -7,11 +7,14 @@ import pytest
 
 from fetal_flax.models import convolution as forms
 from fetal_flax.models.convolution import (
+    compiler_options,
+    compose_up_3x3,
     convolution,
     convolution_3x3,
     depthwise_by_shifts,
     live_taps,
     plain_convolution,
+    up_convolution_3x3,
     weight_gradient_3x3,
 )
 
@@ -203,6 +206,36 @@ def test_convolution_uses_the_fast_form_on_a_cpu(monkeypatch, form, size, option
     inputs = 1 if options.get("depthwise") else 4
     convolution(_random(1, 6, 6, 4), _random(size, size, inputs, 4), **options)
     assert used == [form]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (4, 6)])
+def test_up_convolution_3x3_equals_the_two_convolutions_borders_included(size):
+    inputs, between, outputs = 3, 4, 5
+    x, bias = _random(2, *size, inputs), _random(between, seed=2)
+    up = _random(inputs, 2, 2, between, seed=1)
+    kernel = _random(3, 3, between, outputs, seed=3)
+
+    def two(x: jax.Array, up: jax.Array) -> jax.Array:
+        between_map = jnp.einsum("nhwi,iabo->nhawbo", x, up)
+        between_map = between_map.reshape(2, 2 * size[0], 2 * size[1], between)
+        return plain_convolution(between_map + bias.reshape(1, 1, 1, -1), kernel)
+
+    _assert_same(lambda x, up: up_convolution_3x3(x, compose_up_3x3(up, bias, kernel)), two, x, up)
+
+
+def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
+    compiler_options.cache_clear()
+    known = compiler_options()
+    compiler_options.cache_clear()
+    lower = jax.stages.Lowered.compile
+
+    def without(self, compiler_options):
+        return lower(self, {name + "_unknown": value for name, value in compiler_options.items()})
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", without)
+    assert compiler_options() == {}
+    compiler_options.cache_clear()
+    assert bool(known) == (jax.default_backend() == "cpu")
 
 
 def test_plain_convolution_pads_evenly_at_stride_2():

@@ -128,6 +128,14 @@ def test_batch_norm_is_torchs_in_training_and_so_are_its_running_statistics():
         _assert_near(ours.var[...], theirs.running_var)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.usefixtures("float64")
+def test_conv_of_several_maps_is_that_of_their_concatenation(size):
+    conv = Conv(6, 4, size, bias=True, rngs=nnx.Rngs(0))
+    maps = [jnp.asarray(_random(2, 5, 3, channels, seed=channels)) for channels in (1, 3, 2)]
+    _assert_near(conv(*maps), conv(jnp.concatenate(maps, -1)))
+
+
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.usefixtures("float64")
 def test_batch_norm_has_torchs_gradients(train):

@@ -11,7 +11,6 @@ from flax import nnx
 from fetal_flax.config import ModelConfig
 from fetal_flax.errors import InputError
 from fetal_flax.models import aspp, functional, mobilenet_v2, unet
-from fetal_flax.models.blocks import concat
 from fetal_flax.models.functional import Variables
 
 QUICK_COMPILATION = {
@@ -208,10 +207,21 @@ def test_skips_are_concatenated_in_the_documented_order(monkeypatch, config, ski
     assert set(orders) == {skip_first}
 
 
+def _record_maps(monkeypatch: pytest.MonkeyPatch, block: type) -> list[tuple]:
+    """The maps that blocks of this kind are given from here on."""
+    given, call = [], block.__call__
+
+    def record(self, *maps, train):
+        given.append(maps)
+        return call(self, *maps, train=train)
+
+    monkeypatch.setattr(block, "__call__", record)
+    return given
+
+
 @pytest.mark.parametrize("skip_first", [False, True])
 def test_a_plain_stage_joins_in_its_order(monkeypatch, skip_first):
-    joined = []
-    monkeypatch.setattr(unet, "concat", lambda a, b: joined.append((a, b)) or concat(a, b))
+    joined = _record_maps(monkeypatch, unet.DoubleConv)
     stage = unet.PlainStage(2, 3, 4, skip_first=skip_first, rngs=nnx.Rngs(0))
     skip = jnp.full((1, 2, 2, 3), 7.0)
     stage(jnp.zeros((1, 1, 1, 2)), skip, train=False)
@@ -220,8 +230,7 @@ def test_a_plain_stage_joins_in_its_order(monkeypatch, skip_first):
 
 
 def test_an_se_stage_joins_the_upsampled_map_first(monkeypatch):
-    joined = []
-    monkeypatch.setattr(unet, "concat", lambda a, b: joined.append((a, b)) or concat(a, b))
+    joined = _record_maps(monkeypatch, unet.ResidualSEBlock)
     stage = unet.SEStage(2, 3, 4, unet.VARIANTS["described"], rngs=nnx.Rngs(0))
     stage(jnp.zeros((1, 1, 1, 2)), jnp.ones((1, 2, 2, 3)), train=False)
     [(first, second)] = joined

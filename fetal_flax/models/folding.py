@@ -1,0 +1,100 @@
+"""A network for evaluation alone: the same function in fewer operations.
+
+Batch norms become part of their convolutions. On a CPU, the transposed convolutions become part
+of the convolutions behind them; elsewhere larger kernels with an odd number of channels cost more
+than the operations that they save.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from fetal_flax.models.blocks import ConvNorm, ResidualSEBlock
+from fetal_flax.models.convolution import (
+    FeatureMap,
+    Kernel,
+    compose_up_3x3,
+    up_convolution_3x3,
+)
+from fetal_flax.models.layers import Conv, UpConv, per_channel
+from fetal_flax.models.unet import Network, PlainStage, SEStage
+
+
+def fold(network: Network) -> None:
+    """Turns the network into one for evaluation, by its running statistics."""
+    fold_norms(network)
+    if jax.default_backend() == "cpu":
+        for part in _modules(network, SEStage, PlainStage):
+            fold_up(part)
+
+
+def fold_norms(module: nnx.Module) -> None:
+    """Makes every batch norm part of its convolution."""
+    for part in _modules(module, ConvNorm):
+        gain, shift = part.norm.running_affine()
+        part.conv.kernel.set_value(part.conv.kernel[...] * per_channel(gain))
+        part.conv.bias = nnx.data(nnx.Param(shift))
+        part.norm = None
+
+
+def fold_up(stage: SEStage | PlainStage) -> None:
+    """Makes a stage's transposed convolution part of the convolutions that read it."""
+    skip_first = isinstance(stage, PlainStage) and stage.skip_first
+    block, up = stage.block, stage.up
+    assert up is not None, "folded before"
+    block.first.conv = FoldedConv(up, block.first.conv, skip_first=skip_first)
+    if isinstance(block, ResidualSEBlock):
+        assert block.shortcut is not None, "a concatenation has more channels than the stage"
+        block.shortcut.conv = FoldedConv(up, block.shortcut.conv, skip_first=skip_first)
+    stage.up = None
+
+
+class FoldedConv(Conv):
+    """A convolution of an upsampled map and a skip that takes the map before it is upsampled.
+
+    Args:
+        up: The transposed convolution.
+        conv: The convolution of both maps, 1×1 or 3×3.
+        skip_first: Whether the skip comes first.
+    """
+
+    def __init__(self, up: UpConv, conv: Conv, *, skip_first: bool):
+        kernel, between = conv.kernel[...], up.kernel.shape[-1]
+        if skip_first:
+            of_skip, of_up = jnp.split(kernel, [kernel.shape[2] - between], axis=2)
+        else:
+            of_up, of_skip = jnp.split(kernel, [between], axis=2)
+        compose = UpConv1x1 if len(kernel) == 1 else UpConv3x3
+        self.up = compose(up.kernel[...], up.bias[...], of_up)
+        self.kernel = nnx.Param(of_skip)
+        self.bias = conv.bias
+        self.stride, self.dilation, self.depthwise = conv.stride, conv.dilation, conv.depthwise
+        self.skip_first = skip_first
+
+    def __call__(self, *maps: FeatureMap) -> FeatureMap:
+        skip, x = maps if self.skip_first else maps[::-1]
+        return self.up(x) + super().__call__(skip)
+
+
+class UpConv1x1(UpConv):
+    """A transposed convolution and the 1×1 convolution behind it."""
+
+    def __init__(self, kernel: Array, bias: Array, behind: Kernel):
+        self.kernel = nnx.Param(kernel @ behind[0, 0])
+        self.bias = nnx.Param(bias @ behind[0, 0])
+
+
+class UpConv3x3(nnx.Module):
+    """A transposed convolution and the 3×3 convolution behind it."""
+
+    def __init__(self, kernel: Array, bias: Array, behind: Kernel):
+        self.kernel = nnx.Param(compose_up_3x3(kernel, bias, behind))
+
+    def __call__(self, x: FeatureMap) -> FeatureMap:
+        return up_convolution_3x3(x, self.kernel[...].astype(x.dtype))
+
+
+def _modules(parent: nnx.Module, *kinds: type) -> list:
+    """Returns the modules of these kinds, before any of them changes."""
+    return [part for _, part in nnx.iter_modules(parent) if isinstance(part, kinds)]
