@@ -15,11 +15,13 @@ from typing import Annotated, Any, Literal
 import absl.logging
 import tyro
 
-from fetal_flax.config import DataConfig, TrainConfig
+from fetal_flax.config import DataConfig, ModelConfig, TrainConfig
 from fetal_flax.errors import InputError
 from fetal_flax.parity.settings import ParitySettings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+NAMED = 10
+"""How many flagged images are named before the rest is counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +187,11 @@ class Predict:
             f"in {self.output}"
         )
         if report.flagged:
+            named = ", ".join(report.flagged[:NAMED])
+            more = len(report.flagged) - NAMED
             print(
-                f"look at {len(report.flagged)} of them (column flags): {', '.join(report.flagged)}"
+                f"look at {len(report.flagged)} of them (column flags): {named}"
+                + (f" and {more} more" if more > 0 else "")
             )
         return 2 if report.failed else 0
 
@@ -275,6 +280,42 @@ class Summarize:
         return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """Measure inference and training on this machine, and how near they are to its limits."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    image_size: tuple[int, int] = (256, 256)
+    """Height and width of the images."""
+    inference_batches: tuple[int, ...] = (1, 16)
+    """Images per call of inference."""
+    training_batch: int = 16
+    """Images per training step, over all devices together."""
+    repeats: int = 10
+    """Timed repetitions; the median counts."""
+    output: Path | None = None
+    """JSON file to write the figures to."""
+
+    def run(self) -> int:
+        """Measures, and prints a table."""
+        import rich.console
+
+        from fetal_flax import benchmark
+        from fetal_flax.files import json_bytes, write_atomically
+
+        report = benchmark.benchmark(
+            self.model,
+            self.image_size,
+            inference_batches=self.inference_batches,
+            training_batch=self.training_batch,
+            repeats=self.repeats,
+        )
+        rich.console.Console().print(benchmark.render(report), highlight=False)
+        if self.output:
+            write_atomically(self.output, json_bytes(dataclasses.asdict(report)))
+        return 0
+
+
 COMMANDS: dict[str, Any] = {
     "train": Train,
     "cross-validate": CrossValidate,
@@ -284,6 +325,7 @@ COMMANDS: dict[str, Any] = {
     "submission": Submission,
     "parity": Parity,
     "summary": Summarize,
+    "benchmark": Benchmark,
     "data prepare": PrepareData,
 }
 

@@ -64,6 +64,15 @@ class Predictor:
 
         self._views = jax.jit(views, compiler_options=compiler_options())
 
+    def call(
+        self, images: UInt8[jax.Array, "batch height width channels"]
+    ) -> tuple[jax.stages.Wrapped, tuple[Arrays, jax.Array]]:
+        """Returns the function and the arguments that images of the network's size are run with.
+
+        For measuring what the network alone takes.
+        """
+        return self._views, (self._arrays, images)
+
     @classmethod
     def from_checkpoint(cls, directory: Path, *, batch_size: int = 16) -> "Predictor":
         """Loads a training workdir's best checkpoint, or a converted network.
