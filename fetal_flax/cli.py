@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import absl.logging
 import tyro
 
+from fetal_flax.compilation_cache import keep_compilations
 from fetal_flax.config import DataConfig, ModelConfig, TrainConfig
 from fetal_flax.errors import InputError
 from fetal_flax.parity.settings import ParitySettings
@@ -40,6 +41,8 @@ class Train:
     """Go on behind the last complete epoch in the workdir."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Build everything, run one step, print the plan and write nothing."""
+    profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Trace a few steps into the workdir's profile/, for TensorBoard or Perfetto."""
 
     def run(self) -> int:
         """Trains, or prints the plan."""
@@ -52,7 +55,7 @@ class Train:
         if self.dry_run:
             plan.dry_run(settings)
         else:
-            loop.train(settings, self.workdir or workdir, resume=self.resume)
+            loop.train(settings, self.workdir or workdir, resume=self.resume, profile=self.profile)
         return 0
 
 
@@ -344,6 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # which our own sentences name.
     absl.logging.set_verbosity(absl.logging.ERROR)
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    keep_compilations(DataConfig.cache_dir)
     name = next((name for name in COMMANDS if arguments[: name.count(" ") + 1] == name.split()), "")
     if not name:
         print(_usage(), file=sys.stderr if arguments not in (["-h"], ["--help"]) else sys.stdout)

@@ -7,6 +7,7 @@ WORKDIR/checkpoints/         the last two epochs and the best
 WORKDIR/metrics.csv          a row per epoch; tensorboard/ has the same and every step
 WORKDIR/curves.png           loss, Dice and learning rate over the epochs
 WORKDIR/validation.png       validation images with the outlines of truth and prediction
+WORKDIR/profile/             traces of a few steps, with --profile
 """
 
 import collections
@@ -52,7 +53,7 @@ from fetal_flax.files import json_bytes, write_atomically
 from fetal_flax.inference.predictor import Predictor
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
-from fetal_flax.training.progress import Bar, Logs, Progress
+from fetal_flax.training.progress import Bar, Logs, Progress, traced
 from fetal_flax.training.schedule import EarlyStopping, Plateau
 from fetal_flax.training.sharding import (
     batch_sharding,
@@ -165,13 +166,16 @@ def prepare(config: TrainConfig) -> Run:
     )
 
 
-def train(config: TrainConfig, workdir: Path, *, resume: bool = False) -> Path:
+def train(
+    config: TrainConfig, workdir: Path, *, resume: bool = False, profile: bool = False
+) -> Path:
     """Trains to the last epoch or until validation Dice stops rising.
 
     Args:
         config: The run.
         workdir: Where everything goes; must hold no run yet, unless `resume`.
         resume: Go on behind the last complete epoch in `workdir`.
+        profile: Trace a few steps into `workdir`/profile.
 
     Returns:
         `workdir`.
@@ -196,7 +200,8 @@ def train(config: TrainConfig, workdir: Path, *, resume: bool = False) -> Path:
             progress.say(f"resuming behind epoch {done.epochs}")
         _write_start(run, workdir)
         logs = Logs(workdir, int(state.step))
-        done = _train_epochs(run, state, done, saved, logs, progress)
+        traces = workdir / "profile" if profile else None
+        done = _train_epochs(run, state, done, saved, logs, progress, traces)
     pictures.training_curves(workdir / "curves.png", done.history)
     _write_sheet(run, workdir)
     progress.say(
@@ -360,13 +365,16 @@ def _train_epochs(
     saved: TrainingCheckpoints,
     logs: Logs,
     progress: Progress,
+    traces: Path | None,
 ) -> Progressed:
     schedule = run.config.schedule
     total_steps = schedule.epochs * run.steps_per_epoch
     with (
         contextlib.closing(logs),
-        open_training(run, int(state.step), total_steps) as training,
+        open_training(run, int(state.step), total_steps) as opened,
+        traced(opened.step, traces) as step,
     ):
+        training = opened._replace(step=step)
         while done.epochs < schedule.epochs and not done.stopping.should_stop(schedule):
             start = time.perf_counter()
             state, numbers = _train_epoch(run, state, training, done.epochs + 1, logs, progress)

@@ -1,9 +1,12 @@
 """What a run tells while it runs: bars on a terminal, a line per epoch elsewhere, and logs."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 import rich.console
 import rich.progress
 import tensorboardX
@@ -12,6 +15,10 @@ from fetal_flax.files import csv_bytes, write_atomically
 
 Epoch = Mapping[str, float]
 """One epoch's numbers by name: `epoch`, `step`, losses, Dices, rates and times."""
+
+
+TRACED_CALLS = range(2, 5)
+"""Calls of the step that a profile shows; the first compiles."""
 
 
 class Progress:
@@ -80,6 +87,35 @@ class Bar:
             f"waiting {waiting:.0%}"
         )
         self._progress.update(self._task, numbers=numbers)
+
+
+@contextlib.contextmanager
+def traced(step: Any, folder: Path | None) -> Iterator[Any]:
+    """Yields a step whose calls `TRACED_CALLS` are traced, for TensorBoard or Perfetto.
+
+    Args:
+        step: Any function that dispatches to the devices.
+        folder: Where the trace goes; None yields the step as it is.
+    """
+    if folder is None:
+        yield step
+        return
+    calls = itertools.count()
+
+    def traced_step(*arguments: Any) -> Any:
+        call = next(calls)
+        if call == TRACED_CALLS.start:
+            jax.block_until_ready(arguments)
+            trace.enter_context(jax.profiler.trace(folder))
+        results = step(*arguments)
+        if call == TRACED_CALLS.stop - 1:
+            jax.block_until_ready(results)
+            trace.close()
+        return results
+
+    # Ends the trace of a run with fewer calls, too.
+    with contextlib.ExitStack() as trace:
+        yield traced_step
 
 
 class Logs:

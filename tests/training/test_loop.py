@@ -55,7 +55,9 @@ def cache_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(cache_dir, tmp_path_factory):
-    return loop.train(small_config(cache_dir), tmp_path_factory.mktemp("runs") / "finished")
+    return loop.train(
+        small_config(cache_dir), tmp_path_factory.mktemp("runs") / "finished", profile=True
+    )
 
 
 def rows(workdir: Path) -> list[dict[str, str]]:
@@ -76,6 +78,7 @@ def test_a_run_leaves_config_split_metrics_pictures_and_logs(finished, cache_dir
     for picture in ("curves.png", "validation.png"):
         assert cv2.imread(str(finished / picture)) is not None
     assert list((finished / "tensorboard").glob("events*"))
+    assert list((finished / "profile").rglob("*.xplane.pb"))
 
 
 def test_the_best_checkpoint_describes_itself(finished):
