@@ -14,8 +14,10 @@ from jaxtyping import Array, Float
 FeatureMap = Float[Array, "batch height width channels"]
 Kernel = Float[Array, "rows columns inputs outputs"]
 
-# A band of the weight gradient's right-hand side should stay in a core's cache.
-BAND_BYTES = 8 * 2**20
+# A band of the weight gradient's factors should stay in the cores' caches.
+BAND_BYTES = 2 * 2**20
+# Pixels of a map up to which XLA's own weight gradient is the faster one.
+OWN_RULE_ABOVE = 64 * 64
 
 
 @functools.cache
@@ -57,13 +59,14 @@ def convolution(
     Returns:
         A map with `ceil(side / stride)` rows and columns.
     """
+    on_cpu = jax.default_backend() == "cpu"
+    dense = stride == dilation == 1 and not depthwise and kernel.shape[0] in (1, 3)
+    if on_cpu and dense and x.shape[1] * x.shape[2] > OWN_RULE_ABOVE:
+        return dense_convolution(x, kernel)
     if kernel.shape[0] == stride == 1:
         return x @ kernel[0, 0]
-    on_cpu = jax.default_backend() == "cpu"
     if on_cpu and depthwise and kernel.shape[0] == 3 and dilation == 1:
         return depthwise_by_shifts(x, kernel, stride)
-    if on_cpu and not depthwise and kernel.shape[0] == 3 and stride == dilation == 1:
-        return convolution_3x3(x, kernel)
     if stride == 1:
         kernel = live_taps(kernel, dilation, x.shape[1], x.shape[2])
     return plain_convolution(x, kernel, stride=stride, dilation=dilation, depthwise=depthwise)
@@ -162,66 +165,64 @@ def up_convolution_3x3(
 
 
 @jax.custom_vjp
-def convolution_3x3(x: FeatureMap, kernel: Kernel) -> FeatureMap:
-    """3×3 convolution with stride 1 whose weight gradient is a sum of matrix products.
+def dense_convolution(x: FeatureMap, kernel: Kernel) -> FeatureMap:
+    """1×1 or 3×3 convolution with stride 1, by a gradient rule of its own for large maps.
 
-    XLA's CPU backend takes the weight gradient as a convolution with a kernel as large as the
-    map, 3 to 5 times as slow from 64×64 upwards.
+    For the weight gradient, XLA's CPU backend transposes whole maps (1×1) or convolves with a
+    kernel as large as the map (3×3). And it computes a gradient anew for each product that reads
+    it, where the rule has it once.
     """
-    return plain_convolution(x, kernel)
+    return _dense(x, kernel)
+
+
+def _dense(x: FeatureMap, kernel: Kernel) -> FeatureMap:
+    return x @ kernel[0, 0] if len(kernel) == 1 else plain_convolution(x, kernel)
 
 
 def _forward(x: FeatureMap, kernel: Kernel) -> tuple[FeatureMap, tuple[FeatureMap, Kernel]]:
-    return plain_convolution(x, kernel), (x, kernel)
+    return _dense(x, kernel), (x, kernel)
 
 
 def _backward(saved: tuple[FeatureMap, Kernel], gradient: FeatureMap) -> tuple[FeatureMap, Kernel]:
     x, kernel = saved
+    gradient = lax.optimization_barrier(gradient)
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    return plain_convolution(gradient, turned), weight_gradient_3x3(x, gradient)
+    return _dense(gradient, turned), weight_gradient(x, gradient, len(kernel))
 
 
-convolution_3x3.defvjp(_forward, _backward)
+dense_convolution.defvjp(_forward, _backward)
 
 
-def weight_gradient_3x3(x: FeatureMap, gradient: FeatureMap) -> Kernel:
-    """Gradient of a 3×3, stride-1 convolution by its kernel.
+def weight_gradient(x: FeatureMap, gradient: FeatureMap, size: int) -> Kernel:
+    """Gradient of a stride-1 convolution by its square kernel, summed over bands of rows.
 
-    Nine shifted copies of one side, next to each other, times the other side is one matrix
-    product that holds all nine taps; it is summed over bands of rows. The side with fewer
-    channels is the one that is copied.
+    The map, once per column of the kernel and shifted by it, times the gradient, once per row and
+    shifted by it, is one matrix product that holds all taps.
 
     Args:
         x: What was convolved.
         gradient: Of the loss by the convolution's output.
+        size: Height and width of the kernel, odd.
     """
-    if x.shape[-1] < gradient.shape[-1]:
-        return _sum_over_bands(copied=x, other=gradient)
-    # Seen from the output gradient, the taps stand the other way round.
-    return _sum_over_bands(copied=gradient, other=x)[::-1, ::-1].swapaxes(2, 3)
-
-
-def _sum_over_bands(copied: FeatureMap, other: FeatureMap) -> Kernel:
-    """Returns `sum copied[y + row − 1, x + column − 1, i] · other[y, x, o]` for every tap."""
-    batch, height, width, channels = copied.shape
-    row_bytes = batch * width * 9 * channels * copied.dtype.itemsize
+    batch, height, width, inputs = x.shape
+    outputs, reach = gradient.shape[-1], size // 2
+    row_bytes = batch * width * size * (inputs + outputs) * x.dtype.itemsize
     rows = _largest_divisor(height, at_most=max(BAND_BYTES // row_bytes, 1))
-    padded = jnp.pad(copied, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    x = jnp.pad(x, ((0, 0), (0, 0), (reach, reach), (0, 0)))
+    gradient = jnp.pad(gradient, ((0, 0), (reach, reach), (0, 0), (0, 0)))
 
     def add_band(total: Array, top: Array) -> tuple[Array, None]:
-        band = lax.dynamic_slice_in_dim(padded, top, rows + 2, axis=1)
-        shifted = [
-            band[:, row : row + rows, column : column + width]
-            for row in range(3)
-            for column in range(3)
-        ]
-        left = lax.concatenate(shifted, 3).reshape(-1, 9 * channels)
-        right = lax.dynamic_slice_in_dim(other, top, rows, axis=1)
-        return total + left.T @ right.reshape(-1, other.shape[-1]), None
+        band = lax.dynamic_slice_in_dim(x, top, rows, axis=1)
+        left = [band[:, :, column : column + width] for column in range(size)]
+        band = lax.dynamic_slice_in_dim(gradient, top, rows + size - 1, axis=1)
+        # A pixel of the map meets gradients from below with the kernel's upper rows.
+        right = [band[:, size - 1 - row :][:, :rows] for row in range(size)]
+        left, right = (lax.concatenate(shifted, 3) for shifted in (left, right))
+        return total + left.reshape(-1, size * inputs).T @ right.reshape(-1, size * outputs), None
 
-    start = jnp.zeros((9 * channels, other.shape[-1]), copied.dtype)
+    start = jnp.zeros((size * inputs, size * outputs), x.dtype)
     total, _ = lax.scan(add_band, start, jnp.arange(0, height, rows))
-    return total.reshape(3, 3, channels, other.shape[-1])
+    return total.reshape(size, inputs, size, outputs).transpose(2, 0, 1, 3)
 
 
 def _largest_divisor(number: int, *, at_most: int) -> int:
