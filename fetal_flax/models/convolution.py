@@ -197,7 +197,7 @@ def weight_gradient(x: FeatureMap, gradient: FeatureMap, size: int) -> Kernel:
     """Gradient of a stride-1 convolution by its square kernel, summed over bands of rows.
 
     The map, once per column of the kernel and shifted by it, times the gradient, once per row and
-    shifted by it, is one matrix product that holds all taps.
+    shifted by it, are a matrix product per tap.
 
     Args:
         x: What was convolved.
@@ -211,18 +211,20 @@ def weight_gradient(x: FeatureMap, gradient: FeatureMap, size: int) -> Kernel:
     x = jnp.pad(x, ((0, 0), (0, 0), (reach, reach), (0, 0)))
     gradient = jnp.pad(gradient, ((0, 0), (reach, reach), (0, 0), (0, 0)))
 
-    def add_band(total: Array, top: Array) -> tuple[Array, None]:
+    def add_band(total: Kernel, top: Array) -> tuple[Kernel, None]:
         band = lax.dynamic_slice_in_dim(x, top, rows, axis=1)
-        left = [band[:, :, column : column + width] for column in range(size)]
-        band = lax.dynamic_slice_in_dim(gradient, top, rows + size - 1, axis=1)
-        # A pixel of the map meets gradients from below with the kernel's upper rows.
-        right = [band[:, size - 1 - row :][:, :rows] for row in range(size)]
-        left, right = (lax.concatenate(shifted, 3) for shifted in (left, right))
-        return total + left.reshape(-1, size * inputs).T @ right.reshape(-1, size * outputs), None
+        by_column = [band[:, :, column : column + width] for column in range(size)]
+        # The kernel's upper rows see the map from below, its lower ones from above.
+        tops = [top + size - 1 - row for row in range(size)]
+        by_row = [lax.dynamic_slice_in_dim(gradient, first, rows, axis=1) for first in tops]
+        taps = [
+            [left.reshape(-1, inputs).T @ right.reshape(-1, outputs) for left in by_column]
+            for right in by_row
+        ]
+        return total + jnp.array(taps), None
 
-    start = jnp.zeros((size * inputs, size * outputs), x.dtype)
-    total, _ = lax.scan(add_band, start, jnp.arange(0, height, rows))
-    return total.reshape(size, inputs, size, outputs).transpose(2, 0, 1, 3)
+    start = jnp.zeros((size, size, inputs, outputs), x.dtype)
+    return lax.scan(add_band, start, jnp.arange(0, height, rows))[0]
 
 
 def _largest_divisor(number: int, *, at_most: int) -> int:

@@ -10,12 +10,11 @@ from fetal_flax.models.convolution import (
     compiler_options,
     compose_up_3x3,
     convolution,
-    convolution_3x3,
+    dense_convolution,
     depthwise_by_shifts,
     live_taps,
     plain_convolution,
     up_convolution_3x3,
-    weight_gradient_3x3,
 )
 
 QUICK_COMPILATION = {
@@ -74,46 +73,34 @@ def test_depthwise_by_shifts_equals_the_grouped_convolution(size, stride):
     )
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(1, 4), (3, 5), (4, 4), (6, 2)])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 4), (4, 4), (6, 2)])
 @pytest.mark.parametrize("size", [(8, 8), (9, 4), (1, 7)])
-def test_convolution_3x3_and_its_own_gradients_equal_the_plain_form(size, inputs, outputs):
-    x, kernel = _random(2, *size, inputs), _random(3, 3, inputs, outputs, seed=1)
-    _assert_same(convolution_3x3, plain_convolution, x, kernel)
-
-
-@pytest.mark.parametrize(("inputs", "outputs"), [(1, 4), (5, 3)])
-@pytest.mark.parametrize(("height", "band", "rows"), [(12, 5, 4), (12, 6, 6), (7, 3, 1), (9, 2, 1)])
-def test_weight_gradient_is_the_same_in_several_bands(
-    monkeypatch, height, band, rows, inputs, outputs
+def test_dense_convolution_and_its_gradients_equal_the_plain_form(
+    size, inputs, outputs, kernel_size
 ):
-    width, itemsize = 6, 8
-    row_bytes = 2 * width * 9 * min(inputs, outputs) * itemsize
+    x = _random(2, *size, inputs)
+    kernel = _random(kernel_size, kernel_size, inputs, outputs, seed=1)
+    _assert_same(dense_convolution, plain_convolution, x, kernel)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(("height", "band", "rows"), [(12, 5, 4), (12, 6, 6), (7, 3, 1), (9, 2, 1)])
+def test_weight_gradient_is_the_same_in_several_bands(monkeypatch, height, band, rows, size):
+    width, inputs, outputs, itemsize = 6, 5, 3, 8
+    row_bytes = 2 * width * size * (inputs + outputs) * itemsize
     monkeypatch.setattr(forms, "BAND_BYTES", band * row_bytes)
     chosen = _count_bands(monkeypatch)
-    x, kernel = _random(2, height, width, inputs), _random(3, 3, inputs, outputs, seed=1)
-    _assert_same(convolution_3x3, plain_convolution, x, kernel)
+    x, kernel = _random(2, height, width, inputs), _random(size, size, inputs, outputs, seed=1)
+    _assert_same(dense_convolution, plain_convolution, x, kernel)
     assert chosen == [rows]
 
 
 def test_a_band_is_at_least_one_row(monkeypatch):
     monkeypatch.setattr(forms, "BAND_BYTES", 1)
     chosen = _count_bands(monkeypatch)
-    _assert_same(convolution_3x3, plain_convolution, _random(1, 4, 5, 2), _random(3, 3, 2, 3))
+    _assert_same(dense_convolution, plain_convolution, _random(1, 4, 5, 2), _random(3, 3, 2, 3))
     assert chosen == [1]
-
-
-@pytest.mark.parametrize(("inputs", "outputs", "copied"), [(2, 5, 2), (5, 2, 2), (3, 3, 3)])
-def test_weight_gradient_copies_the_side_with_fewer_channels(monkeypatch, inputs, outputs, copied):
-    sides = []
-    summed = forms._sum_over_bands
-
-    def record(copied, other):
-        sides.append(copied.shape[-1])
-        return summed(copied, other)
-
-    monkeypatch.setattr(forms, "_sum_over_bands", record)
-    weight_gradient_3x3(_random(1, 4, 4, inputs), _random(1, 4, 4, outputs))
-    assert sides == [copied]
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 6, 12, 18])
@@ -185,15 +172,17 @@ def test_convolution_equals_the_plain_form_whatever_it_picks(sides, size, stride
 
 
 @pytest.mark.parametrize(
-    ("form", "size", "options"),
+    ("form", "side", "size", "options"),
     [
-        ("depthwise_by_shifts", 3, {"depthwise": True, "stride": 2}),
-        ("convolution_3x3", 3, {}),
-        ("live_taps", 3, {"dilation": 2}),
-        ("plain_convolution", 3, {"stride": 2}),
+        ("depthwise_by_shifts", 6, 3, {"depthwise": True, "stride": 2}),
+        ("dense_convolution", 65, 3, {}),
+        ("dense_convolution", 65, 1, {}),
+        ("plain_convolution", 64, 3, {}),
+        ("live_taps", 6, 3, {"dilation": 2}),
+        ("plain_convolution", 6, 3, {"stride": 2}),
     ],
 )
-def test_convolution_uses_the_fast_form_on_a_cpu(monkeypatch, form, size, options):
+def test_convolution_uses_the_fast_form_on_a_cpu(monkeypatch, form, side, size, options):
     if jax.default_backend() != "cpu":
         pytest.skip("the choice is for CPUs")
     used, original = [], getattr(forms, form)
@@ -204,7 +193,7 @@ def test_convolution_uses_the_fast_form_on_a_cpu(monkeypatch, form, size, option
 
     monkeypatch.setattr(forms, form, record)
     inputs = 1 if options.get("depthwise") else 4
-    convolution(_random(1, 6, 6, 4), _random(size, size, inputs, 4), **options)
+    convolution(_random(1, side, side, 4), _random(size, size, inputs, 4), **options)
     assert used == [form]
 
 
