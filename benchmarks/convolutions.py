@@ -13,7 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from fetal_flax.models.convolution import convolution, plain_convolution
+from fetal_flax.models.convolution import compiler_options, convolution, plain_convolution
 
 BATCH, REPEATS = 16, 7
 # Name, side, inputs, outputs, kernel size, settings.
@@ -49,7 +49,7 @@ def gradients(form, **settings):
         y, pullback = jax.vjp(functools.partial(form, **settings), x, kernel)
         return y, pullback(y)
 
-    return jax.jit(both)
+    return jax.jit(both, compiler_options=compiler_options())
 
 
 def alternate(calls) -> list[float]:

@@ -169,8 +169,7 @@ def dense_convolution(x: FeatureMap, kernel: Kernel) -> FeatureMap:
     """1×1 or 3×3 convolution with stride 1, by a gradient rule of its own for large maps.
 
     For the weight gradient, XLA's CPU backend transposes whole maps (1×1) or convolves with a
-    kernel as large as the map (3×3). And it computes a gradient anew for each product that reads
-    it, where the rule has it once.
+    kernel as large as the map (3×3), which takes 3 to 5 times as long.
     """
     return _dense(x, kernel)
 
@@ -185,7 +184,6 @@ def _forward(x: FeatureMap, kernel: Kernel) -> tuple[FeatureMap, tuple[FeatureMa
 
 def _backward(saved: tuple[FeatureMap, Kernel], gradient: FeatureMap) -> tuple[FeatureMap, Kernel]:
     x, kernel = saved
-    gradient = lax.optimization_barrier(gradient)
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
     return _dense(gradient, turned), weight_gradient(x, gradient, len(kernel))
 
