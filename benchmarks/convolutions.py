@@ -3,7 +3,9 @@
     python benchmarks/convolutions.py
 
 Forward and backward together, float32, batch 16, the shapes of `mobilenet_aspp_se_unet` at
-256×256; runs alternate and medians are compared. Below 1 the chosen form is faster.
+256×256; then the composed up-convolutions of inference, forward, batch 1. Runs alternate and
+medians are compared. Below 1 the chosen form is faster than the plain one; the last column is the
+plain one with XLA's default options over that without (models/convolution.py, compiler_options).
 """
 
 import functools
@@ -13,7 +15,14 @@ import time
 import jax
 import jax.numpy as jnp
 
-from fetal_flax.models.convolution import convolution, plain_convolution
+from fetal_flax.models.convolution import (
+    compiler_options,
+    compose_up_3x3,
+    convolution,
+    depth_to_space,
+    plain_convolution,
+    up_convolution_3x3,
+)
 
 BATCH, REPEATS = 16, 7
 # Name, side, inputs, outputs, kernel size, settings.
@@ -28,6 +37,8 @@ CASES = (
     ("ASPP, dilation 6", 8, 1280, 128, 3, {"dilation": 6}),
     ("ASPP, dilation 18", 8, 1280, 128, 3, {"dilation": 18}),
 )
+# Side, inputs, outputs of the decoder's stages 5 to 1.
+UP_CASES = ((8, 512, 256), (16, 256, 128), (32, 128, 64), (64, 64, 32), (128, 32, 32))
 
 
 def main() -> None:
@@ -36,20 +47,45 @@ def main() -> None:
         depth = 1 if settings.get("depthwise") else inputs
         x = jnp.ones((BATCH, side, side, inputs))
         kernel = jnp.ones((size, size, depth, outputs))
-        forms = [gradients(form, **settings) for form in (convolution, plain_convolution)]
-        chosen, plain = alternate([functools.partial(form, x, kernel) for form in forms])
-        times = f"{1e3 * chosen:8.1f} ms  plain {1e3 * plain:8.1f} ms  {chosen / plain:.2f}"
-        print(f"{name:30s} {times}")
+        forms = [
+            gradients(convolution, compiler_options(), **settings),
+            gradients(plain_convolution, compiler_options(), **settings),
+            gradients(plain_convolution, {}, **settings),
+        ]
+        print_row(name, alternate([functools.partial(form, x, kernel) for form in forms]))
+    print()
+    for side, inputs, outputs in UP_CASES:
+        x = jnp.ones((1, side, side, inputs))
+        up, bias = jnp.ones((inputs, 2, 2, outputs)), jnp.ones(outputs)
+        kernel = jnp.ones((3, 3, outputs, outputs))
+        composed = jax.jit(up_convolution_3x3, compiler_options=compiler_options())
+        calls = [functools.partial(composed, x, compose_up_3x3(up, bias, kernel))]
+        for options in (compiler_options(), {}):
+            two = jax.jit(up_then_convolution, compiler_options=options)
+            calls.append(functools.partial(two, x, up, bias, kernel))
+        print_row(f"up-convolution from {side}², 3×3", alternate(calls))
 
 
-def gradients(form, **settings):
+def print_row(name: str, seconds: list[float]) -> None:
+    chosen, plain, default = seconds
+    times = f"{1e3 * chosen:8.1f} ms  plain {1e3 * plain:8.1f} ms  {chosen / plain:.2f}"
+    print(f"{name:30s} {times}  {default / plain:.2f}", flush=True)
+
+
+def gradients(form, options, **settings):
     """Returns the form's output and both gradients as one compiled function."""
 
     def both(x, kernel):
         y, pullback = jax.vjp(functools.partial(form, **settings), x, kernel)
         return y, pullback(y)
 
-    return jax.jit(both)
+    return jax.jit(both, compiler_options=options)
+
+
+def up_then_convolution(x, up, bias, kernel):
+    y = x.reshape(-1, len(up)) @ up.reshape(len(up), -1)
+    y = depth_to_space(y.reshape(*x.shape[:3], -1)) + bias.reshape(1, 1, 1, -1)
+    return plain_convolution(y, kernel)
 
 
 def alternate(calls) -> list[float]:

@@ -8,14 +8,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 FeatureMap = Float[Array, "batch height width channels"]
 Kernel = Float[Array, "rows columns inputs outputs"]
 
-# A band of the weight gradient's right-hand side should stay in a core's cache.
-BAND_BYTES = 8 * 2**20
+# A band of the weight gradient's factors should stay in the cores' caches.
+BAND_BYTES = 2 * 2**20
 
 
 @functools.cache
@@ -25,7 +26,7 @@ def compiler_options() -> dict[str, str | bool]:
     From jaxlib 0.10, XLA's CPU backend hands convolutions, matrix products and sums to the library
     YNN. Its convolutions take 1.1 to 2 times as long as the Eigen code that they replace at the
     shapes of these networks (benchmarks/convolutions.py), its products and sums do not: a training
-    step of batch 16 takes 0.6 of what it takes by default. An XLA that doesn't know the option has
+    step of batch 16 takes 0.7 of what it takes by default. An XLA that doesn't know the option has
     nothing to turn off.
     """
     if jax.default_backend() != "cpu":
@@ -57,13 +58,11 @@ def convolution(
     Returns:
         A map with `ceil(side / stride)` rows and columns.
     """
-    if kernel.shape[0] == stride == 1:
-        return x @ kernel[0, 0]
     on_cpu = jax.default_backend() == "cpu"
+    if kernel.shape[0] == stride == 1:
+        return convolution_1x1(x, kernel) if on_cpu else x @ kernel[0, 0]
     if on_cpu and depthwise and kernel.shape[0] == 3 and dilation == 1:
         return depthwise_by_shifts(x, kernel, stride)
-    if on_cpu and not depthwise and kernel.shape[0] == 3 and stride == dilation == 1:
-        return convolution_3x3(x, kernel)
     if stride == 1:
         kernel = live_taps(kernel, dilation, x.shape[1], x.shape[2])
     return plain_convolution(x, kernel, stride=stride, dilation=dilation, depthwise=depthwise)
@@ -162,66 +161,42 @@ def up_convolution_3x3(
 
 
 @jax.custom_vjp
-def convolution_3x3(x: FeatureMap, kernel: Kernel) -> FeatureMap:
-    """3×3 convolution with stride 1 whose weight gradient is a sum of matrix products.
+def convolution_1x1(x: FeatureMap, kernel: Kernel) -> FeatureMap:
+    """1×1 convolution with stride 1 whose weight gradient is summed over bands of rows.
 
-    XLA's CPU backend takes the weight gradient as a convolution with a kernel as large as the
-    map, 3 to 5 times as slow from 64×64 upwards.
+    For the weight gradient as one product, XLA's CPU backend transposes the whole map in memory. A
+    training step of batch 16 takes 0.95 of what it takes with that.
     """
-    return plain_convolution(x, kernel)
+    return x @ kernel[0, 0]
 
 
 def _forward(x: FeatureMap, kernel: Kernel) -> tuple[FeatureMap, tuple[FeatureMap, Kernel]]:
-    return plain_convolution(x, kernel), (x, kernel)
+    return x @ kernel[0, 0], (x, kernel)
 
 
 def _backward(saved: tuple[FeatureMap, Kernel], gradient: FeatureMap) -> tuple[FeatureMap, Kernel]:
     x, kernel = saved
-    turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    return plain_convolution(gradient, turned), weight_gradient_3x3(x, gradient)
+    by_kernel = _sum_over_bands(x, gradient).astype(kernel.dtype)
+    return gradient @ kernel[0, 0].T, by_kernel[None, None]
 
 
-convolution_3x3.defvjp(_forward, _backward)
+convolution_1x1.defvjp(_forward, _backward)
 
 
-def weight_gradient_3x3(x: FeatureMap, gradient: FeatureMap) -> Kernel:
-    """Gradient of a 3×3, stride-1 convolution by its kernel.
-
-    Nine shifted copies of one side, next to each other, times the other side is one matrix
-    product that holds all nine taps; it is summed over bands of rows. The side with fewer
-    channels is the one that is copied.
-
-    Args:
-        x: What was convolved.
-        gradient: Of the loss by the convolution's output.
-    """
-    if x.shape[-1] < gradient.shape[-1]:
-        return _sum_over_bands(copied=x, other=gradient)
-    # Seen from the output gradient, the taps stand the other way round.
-    return _sum_over_bands(copied=gradient, other=x)[::-1, ::-1].swapaxes(2, 3)
-
-
-def _sum_over_bands(copied: FeatureMap, other: FeatureMap) -> Kernel:
-    """Returns `sum copied[y + row − 1, x + column − 1, i] · other[y, x, o]` for every tap."""
-    batch, height, width, channels = copied.shape
-    row_bytes = batch * width * 9 * channels * copied.dtype.itemsize
+def _sum_over_bands(x: FeatureMap, gradient: FeatureMap) -> Float[Array, "inputs outputs"]:
+    """Returns the sum over all pixels of `x · gradientᵀ`, in at least float32."""
+    batch, height, width, inputs = x.shape
+    outputs = gradient.shape[-1]
+    row_bytes = batch * width * (inputs + outputs) * x.dtype.itemsize
     rows = _largest_divisor(height, at_most=max(BAND_BYTES // row_bytes, 1))
-    padded = jnp.pad(copied, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
     def add_band(total: Array, top: Array) -> tuple[Array, None]:
-        band = lax.dynamic_slice_in_dim(padded, top, rows + 2, axis=1)
-        shifted = [
-            band[:, row : row + rows, column : column + width]
-            for row in range(3)
-            for column in range(3)
-        ]
-        left = lax.concatenate(shifted, 3).reshape(-1, 9 * channels)
-        right = lax.dynamic_slice_in_dim(other, top, rows, axis=1)
-        return total + left.T @ right.reshape(-1, other.shape[-1]), None
+        left, right = (lax.dynamic_slice_in_dim(a, top, rows, axis=1) for a in (x, gradient))
+        left, right = left.reshape(-1, inputs), right.reshape(-1, outputs)
+        return total + jnp.matmul(left.T, right, preferred_element_type=total.dtype), None
 
-    start = jnp.zeros((9 * channels, other.shape[-1]), copied.dtype)
-    total, _ = lax.scan(add_band, start, jnp.arange(0, height, rows))
-    return total.reshape(3, 3, channels, other.shape[-1])
+    start = jnp.zeros((inputs, outputs), np.promote_types(x.dtype, np.float32))
+    return lax.scan(add_band, start, jnp.arange(0, height, rows))[0]
 
 
 def _largest_divisor(number: int, *, at_most: int) -> int:

@@ -10,12 +10,11 @@ from fetal_flax.models.convolution import (
     compiler_options,
     compose_up_3x3,
     convolution,
-    convolution_3x3,
+    convolution_1x1,
     depthwise_by_shifts,
     live_taps,
     plain_convolution,
     up_convolution_3x3,
-    weight_gradient_3x3,
 )
 
 QUICK_COMPILATION = {
@@ -74,46 +73,37 @@ def test_depthwise_by_shifts_equals_the_grouped_convolution(size, stride):
     )
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(1, 4), (3, 5), (4, 4), (6, 2)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 4), (4, 4), (6, 2)])
 @pytest.mark.parametrize("size", [(8, 8), (9, 4), (1, 7)])
-def test_convolution_3x3_and_its_own_gradients_equal_the_plain_form(size, inputs, outputs):
-    x, kernel = _random(2, *size, inputs), _random(3, 3, inputs, outputs, seed=1)
-    _assert_same(convolution_3x3, plain_convolution, x, kernel)
+def test_convolution_1x1_and_its_own_gradients_equal_the_plain_form(size, inputs, outputs):
+    x, kernel = _random(2, *size, inputs), _random(1, 1, inputs, outputs, seed=1)
+    _assert_same(convolution_1x1, plain_convolution, x, kernel)
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(1, 4), (5, 3)])
 @pytest.mark.parametrize(("height", "band", "rows"), [(12, 5, 4), (12, 6, 6), (7, 3, 1), (9, 2, 1)])
-def test_weight_gradient_is_the_same_in_several_bands(
-    monkeypatch, height, band, rows, inputs, outputs
-):
-    width, itemsize = 6, 8
-    row_bytes = 2 * width * 9 * min(inputs, outputs) * itemsize
-    monkeypatch.setattr(forms, "BAND_BYTES", band * row_bytes)
+def test_weight_gradient_is_the_same_in_several_bands(monkeypatch, height, band, rows):
+    width, inputs, outputs, itemsize = 6, 5, 3, 8
+    monkeypatch.setattr(forms, "BAND_BYTES", band * 2 * width * (inputs + outputs) * itemsize)
     chosen = _count_bands(monkeypatch)
-    x, kernel = _random(2, height, width, inputs), _random(3, 3, inputs, outputs, seed=1)
-    _assert_same(convolution_3x3, plain_convolution, x, kernel)
+    x, kernel = _random(2, height, width, inputs), _random(1, 1, inputs, outputs, seed=1)
+    _assert_same(convolution_1x1, plain_convolution, x, kernel)
     assert chosen == [rows]
 
 
 def test_a_band_is_at_least_one_row(monkeypatch):
     monkeypatch.setattr(forms, "BAND_BYTES", 1)
     chosen = _count_bands(monkeypatch)
-    _assert_same(convolution_3x3, plain_convolution, _random(1, 4, 5, 2), _random(3, 3, 2, 3))
+    _assert_same(convolution_1x1, plain_convolution, _random(1, 4, 5, 2), _random(1, 1, 2, 3))
     assert chosen == [1]
 
 
-@pytest.mark.parametrize(("inputs", "outputs", "copied"), [(2, 5, 2), (5, 2, 2), (3, 3, 3)])
-def test_weight_gradient_copies_the_side_with_fewer_channels(monkeypatch, inputs, outputs, copied):
-    sides = []
-    summed = forms._sum_over_bands
-
-    def record(copied, other):
-        sides.append(copied.shape[-1])
-        return summed(copied, other)
-
-    monkeypatch.setattr(forms, "_sum_over_bands", record)
-    weight_gradient_3x3(_random(1, 4, 4, inputs), _random(1, 4, 4, outputs))
-    assert sides == [copied]
+def test_weight_gradient_of_bfloat16_is_summed_in_float32(monkeypatch):
+    monkeypatch.setattr(forms, "BAND_BYTES", 1)
+    # 256 + 1 is 256 in bfloat16, whose eight bits would lose every row but the first.
+    x = jnp.ones((1, 512, 1, 1), jnp.bfloat16).at[0, 0].set(256)
+    _, pullback = jax.vjp(convolution_1x1, x, jnp.ones((1, 1, 1, 1), jnp.bfloat16))
+    _, by_kernel = pullback(jnp.ones((1, 512, 1, 1), jnp.bfloat16))
+    assert float(by_kernel[0, 0, 0, 0]) == pytest.approx(256 + 511, rel=2**-8)
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 6, 12, 18])
@@ -185,15 +175,15 @@ def test_convolution_equals_the_plain_form_whatever_it_picks(sides, size, stride
 
 
 @pytest.mark.parametrize(
-    ("form", "size", "options"),
+    ("form", "side", "size", "options"),
     [
-        ("depthwise_by_shifts", 3, {"depthwise": True, "stride": 2}),
-        ("convolution_3x3", 3, {}),
-        ("live_taps", 3, {"dilation": 2}),
-        ("plain_convolution", 3, {"stride": 2}),
+        ("depthwise_by_shifts", 6, 3, {"depthwise": True, "stride": 2}),
+        ("convolution_1x1", 6, 1, {}),
+        ("live_taps", 6, 3, {"dilation": 2}),
+        ("plain_convolution", 6, 3, {"stride": 2}),
     ],
 )
-def test_convolution_uses_the_fast_form_on_a_cpu(monkeypatch, form, size, options):
+def test_convolution_uses_the_fast_form_on_a_cpu(monkeypatch, form, side, size, options):
     if jax.default_backend() != "cpu":
         pytest.skip("the choice is for CPUs")
     used, original = [], getattr(forms, form)
@@ -204,7 +194,7 @@ def test_convolution_uses_the_fast_form_on_a_cpu(monkeypatch, form, size, option
 
     monkeypatch.setattr(forms, form, record)
     inputs = 1 if options.get("depthwise") else 4
-    convolution(_random(1, 6, 6, 4), _random(size, size, inputs, 4), **options)
+    convolution(_random(1, side, side, 4), _random(size, size, inputs, 4), **options)
     assert used == [form]
 
 

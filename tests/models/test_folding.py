@@ -1,10 +1,12 @@
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from fetal_flax.config import ModelConfig
 from fetal_flax.models import functional
@@ -124,3 +126,69 @@ def test_a_folded_network_has_no_batch_norms_and_no_upsampling_left():
     assert not any("norm/" in name for name in names)
     assert "stage1/block/first/conv/up/kernel" in names and "stage1/up/kernel" not in names
     jax.tree.map(np.testing.assert_array_equal, variables, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", LARGE, ids=lambda config: config.title)
+def test_training_beside_a_folded_encoder_is_the_same(config):
+    """Loss, gradients and statistics."""
+    config = dataclasses.replace(config, dropout=0.0)
+    with jax.enable_x64(True):
+        variables, images = _variables(config, jnp.float64), _images(config, jnp.float64)
+        frozen = functional.encoder_part(variables).params
+        learning = {n: a for n, a in variables.params.items() if n not in frozen}
+
+        def plain(variables: Variables) -> tuple[jax.Array, dict]:
+            network = functional.merge(config, variables)
+            logits = network(images, train=True, dropout_key=jax.random.key(0))
+            stats = nnx.to_flat_state(nnx.state(network, nnx.BatchStat))
+            return logits, {"/".join(map(str, path)): a[...] for path, a in stats}
+
+        def folded(variables: Variables) -> tuple[jax.Array, dict]:
+            return functional.apply(
+                config, variables, images, train=True, dropout_key=jax.random.key(0)
+            )
+
+        def results(form: Callable) -> tuple:
+            def loss(learning: dict) -> tuple[jax.Array, dict]:
+                logits, stats = form(Variables(learning | frozen, variables.batch_stats))
+                return (logits**2).mean(), stats
+
+            return jax.jit(
+                jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK_COMPILATION
+            )(learning)
+
+        ((ours, our_stats), our_grads), ((theirs, stats), grads) = results(folded), results(plain)
+        assert float(ours) == pytest.approx(float(theirs), rel=1e-12)
+        assert our_stats.keys() == stats.keys() and our_grads.keys() == grads.keys()
+        for name in stats:
+            assert _apart(our_stats[name], stats[name]) < 1e-11, name
+        largest = max(np.linalg.norm(a) for a in grads.values())
+        for name in grads:
+            difference = np.linalg.norm(our_grads[name] - grads[name])
+            assert difference < 1e-10 * np.linalg.norm(grads[name]) + 1e-13 * largest, name
+
+
+def test_nothing_of_a_frozen_encoder_is_saved_for_the_backward_pass():
+    config = ModelConfig(name="mobilenet_unet")
+    shapes = functional.shapes(config)
+    frozen = functional.encoder_part(shapes).params
+    inside = {144, 192, 384, 576, 960}  # Channels that only the encoder's maps have.
+
+    def saved(learns: Callable[[str], bool]) -> set[int]:
+        def pullback(variables: Variables, images: jax.Array) -> Callable:
+            learning = {n: a for n, a in variables.params.items() if learns(n)}
+
+            def logits(learning: dict) -> jax.Array:
+                params = variables.params | learning
+                both = Variables(params, variables.batch_stats)
+                return functional.apply(config, both, images, train=True)[0]
+
+            return jax.vjp(logits, learning)[1]
+
+        images = jax.ShapeDtypeStruct((2, 32, 32, 1), jnp.float32)
+        kept = jax.tree.leaves(jax.eval_shape(pullback, shapes, images))
+        return {a.shape[-1] for a in kept if a.ndim == 4 and a.shape[0] == 2}
+
+    assert not saved(lambda name: name not in frozen) & inside
+    assert saved(lambda name: True) & inside
