@@ -112,6 +112,8 @@ def resize_mask(
 
 def _check_header(data: bytes) -> None:
     """Refuses files that would decode to something huge, and those that hold several images."""
+    if not data:
+        raise InputError("is empty: expected a PNG, JPEG, BMP or TIFF image")
     width, height, images = 0, 0, 1
     try:
         # Reads the header and decodes nothing.

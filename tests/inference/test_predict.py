@@ -239,7 +239,7 @@ def write_garbage(folder: Path) -> dict[str, str]:
     (folder / "unreadable.png").symlink_to("/proc/self/mem")
     return {
         "text.png": "is not an image that can be read",
-        "empty.png": "is not an image that can be read",
+        "empty.png": "is empty",
         "cut.png": "is not an image that can be read",
         "torn.jpg": "is not an image that can be read",
         "huge.png": "has more than 33,554,432 pixels: crop or shrink it",

@@ -1,0 +1,34 @@
+"""Timing calls side by side; what the benchmarks share."""
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+import jax
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def alternate(
+    calls: Mapping[Key, Callable[[], Any]], repeats: int, limit: float = float("inf")
+) -> dict[Key, list[float]]:
+    """Returns every call's seconds, taken in turn, so that a busy machine disturbs all alike.
+
+    A first round warms up and isn't counted. Results are waited for.
+
+    Args:
+        calls: What to time.
+        repeats: Rounds.
+        limit: Seconds after which, and three rounds, no further round begins.
+    """
+    seconds: dict[Key, list[float]] = {key: [] for key in calls}
+    start = time.perf_counter()
+    for turn in range(repeats + 1):
+        for key, call in calls.items():
+            before = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:
+                seconds[key].append(time.perf_counter() - before)
+        if turn >= 3 and time.perf_counter() - start > limit:
+            break
+    return seconds
