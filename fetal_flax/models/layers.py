@@ -101,10 +101,11 @@ class UpConv(nnx.Module):
         return y + per_channel(self.bias[...].astype(x.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def normalize(
-    x: FeatureMap, scale: Vector, bias: Vector, epsilon: float
-) -> tuple[FeatureMap, Vector, Vector]:
+EPSILON = 1e-5
+
+
+@jax.custom_vjp
+def normalize(x: FeatureMap, scale: Vector, bias: Vector) -> tuple[FeatureMap, Vector, Vector]:
     """Normalises a map by its own statistics, by a gradient rule of its own.
 
     The rule keeps the map and two vectors for the backward pass. Differentiated by JAX, the
@@ -114,19 +115,18 @@ def normalize(
     Returns:
         The normalised map, its mean and its biased variance. The statistics carry no gradient.
     """
-    return _normalize(x, scale, bias, epsilon)[0]
+    return _normalize(x, scale, bias)[0]
 
 
-def _normalize(x: FeatureMap, scale: Vector, bias: Vector, epsilon: float) -> tuple:
+def _normalize(x: FeatureMap, scale: Vector, bias: Vector) -> tuple:
     wide = x.astype(np.promote_types(x.dtype, np.float32))
     mean = wide.mean((0, 1, 2))
     var = jnp.square(wide - per_channel(mean)).mean((0, 1, 2))
-    inverse = jax.lax.rsqrt(var + epsilon)
+    inverse = jax.lax.rsqrt(var + EPSILON)
     return (_affine(x, mean, scale * inverse, bias), mean, var), (x, scale, mean, inverse)
 
 
-def _normalize_backward(epsilon: float, saved: tuple, gradients: tuple) -> tuple:
-    del epsilon
+def _normalize_backward(saved: tuple, gradients: tuple) -> tuple:
     x, scale, mean, inverse = saved
     gradient = gradients[0].astype(mean.dtype)
     centred = x.astype(mean.dtype) - per_channel(mean)
@@ -160,7 +160,6 @@ class BatchNorm(nnx.Module):
         channels: Channels of the map.
     """
 
-    epsilon = 1e-5
     momentum = 0.1
 
     def __init__(self, channels: int):
@@ -171,15 +170,15 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
         if train:
-            y, mean, var = normalize(x, self.scale[...], self.bias[...], self.epsilon)
+            y, mean, var = normalize(x, self.scale[...], self.bias[...])
             self._update_running(mean, var, count=x.size // x.shape[-1])
             return y
-        gain, mean = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.epsilon), self.mean[...]
-        return _affine(x, mean, gain, self.bias[...])
+        gain = self.scale[...] * jax.lax.rsqrt(self.var[...] + EPSILON)
+        return _affine(x, self.mean[...], gain, self.bias[...])
 
     def running_affine(self) -> tuple[Vector, Vector]:
         """Returns the factor and the summand that the layer is in evaluation."""
-        gain = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.epsilon)
+        gain = self.scale[...] * jax.lax.rsqrt(self.var[...] + EPSILON)
         return gain, self.bias[...] - gain * self.mean[...]
 
     def _update_running(self, mean: Vector, var: Vector, count: int) -> None:
