@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from timing import alternate
 
 from fetal_flax.config import EncoderConfig, TrainConfig
 from fetal_flax.data.images import resize_image, resize_mask
@@ -114,21 +115,6 @@ def case(title: str, ways: list[Way], options: argparse.Namespace) -> bool:
     for line in wrong:
         print(f"\n{line}")
     return any("differs" in line for line in wrong)
-
-
-def alternate(calls: dict[str, Callable], repeats: int, limit: float) -> dict[str, list[float]]:
-    """Returns every call's seconds, taken in turn until `repeats` rounds or the time are over."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    start = time.perf_counter()
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            before = time.perf_counter()
-            call()
-            if turn:  # The first round warms up.
-                seconds[name].append(time.perf_counter() - before)
-        if turn >= 3 and time.perf_counter() - start > limit:
-            break
-    return seconds
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -10,10 +10,10 @@ plain one with XLA's default options over that without (models/convolution.py, c
 
 import functools
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
+from timing import alternate
 
 from fetal_flax.models.convolution import (
     compiler_options,
@@ -52,7 +52,7 @@ def main() -> None:
             gradients(plain_convolution, compiler_options(), **settings),
             gradients(plain_convolution, {}, **settings),
         ]
-        print_row(name, alternate([functools.partial(form, x, kernel) for form in forms]))
+        print_row(name, [functools.partial(form, x, kernel) for form in forms])
     print()
     for side, inputs, outputs in UP_CASES:
         x = jnp.ones((1, side, side, inputs))
@@ -63,11 +63,12 @@ def main() -> None:
         for options in (compiler_options(), {}):
             two = jax.jit(up_then_convolution, compiler_options=options)
             calls.append(functools.partial(two, x, up, bias, kernel))
-        print_row(f"up-convolution from {side}², 3×3", alternate(calls))
+        print_row(f"up-convolution from {side}², 3×3", calls)
 
 
-def print_row(name: str, seconds: list[float]) -> None:
-    chosen, plain, default = seconds
+def print_row(name: str, calls: list) -> None:
+    seconds = alternate(dict(enumerate(calls)), REPEATS)
+    chosen, plain, default = map(statistics.median, seconds.values())
     times = f"{1e3 * chosen:8.1f} ms  plain {1e3 * plain:8.1f} ms  {chosen / plain:.2f}"
     print(f"{name:30s} {times}  {default / plain:.2f}", flush=True)
 
@@ -86,19 +87,6 @@ def up_then_convolution(x, up, bias, kernel):
     y = x.reshape(-1, len(up)) @ up.reshape(len(up), -1)
     y = depth_to_space(y.reshape(*x.shape[:3], -1)) + bias.reshape(1, 1, 1, -1)
     return plain_convolution(y, kernel)
-
-
-def alternate(calls) -> list[float]:
-    """Returns each call's median seconds, after a first one that compiles."""
-    for call in calls:
-        jax.block_until_ready(call())
-    seconds = [[] for _ in calls]
-    for _ in range(REPEATS):
-        for call, taken in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in seconds]
 
 
 if __name__ == "__main__":
