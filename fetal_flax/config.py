@@ -104,7 +104,7 @@ class DataConfig:
     """Height and width of a phantom, in pixels."""
     backend: Literal["host", "device"] = "host"
     """Who prepares batches: the host's processors, or the device, which then holds the whole data
-    set (HC18 at 256×256: 105 MB); both take the same images, varied alike."""
+    set (HC18 at 256×256: 131 MB); both take the same images, varied alike."""
     steps_per_dispatch: int | None = None
     """Training steps that the device runs without asking the host, at most, with `backend`
     device; None takes a whole epoch on an accelerator and one step on a CPU."""

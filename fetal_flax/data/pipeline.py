@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import grain
@@ -159,10 +159,17 @@ def evaluation_batches(
 class DeviceBatches(Generic[Item]):
     """Iterator over batches on the devices; `prefetch_to_device` makes it."""
 
-    def __init__(self, batches: Iterator[Item], sharding: jax.sharding.Sharding, size: int):
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        sharding: jax.sharding.Sharding,
+        size: int,
+        prepare: Callable[[Any], Item],
+    ):
         self._batches = batches
         self._sharding = sharding
         self._size = size
+        self._prepare = prepare
         self._ready: collections.deque[Item] = collections.deque()
         self.waited_seconds = 0.0
         """Time spent in waiting for the host's batches; the rest of the loop is not counted."""
@@ -173,7 +180,7 @@ class DeviceBatches(Generic[Item]):
     def __next__(self) -> Item:
         while len(self._ready) < self._size and (batch := self._next_on_host()) is not None:
             # Returns at once: the transfer runs while the device computes.
-            self._ready.append(jax.tree.map(self._put, batch))
+            self._ready.append(self._prepare(jax.tree.map(self._put, batch)))
         if not self._ready:
             raise StopIteration
         return self._ready.popleft()
@@ -183,7 +190,7 @@ class DeviceBatches(Generic[Item]):
         if isinstance(self._batches, Generator):
             self._batches.close()
 
-    def _next_on_host(self) -> Item | None:
+    def _next_on_host(self) -> Any:
         start = time.perf_counter()
         batch = next(self._batches, None)
         self.waited_seconds += time.perf_counter() - start
@@ -194,7 +201,10 @@ class DeviceBatches(Generic[Item]):
 
 
 def prefetch_to_device(
-    batches: Iterator[Item], sharding: jax.sharding.Sharding, size: int = 2
+    batches: Iterator[Any],
+    sharding: jax.sharding.Sharding,
+    size: int = 2,
+    prepare: Callable[[Any], Item] = lambda batch: batch,
 ) -> DeviceBatches[Item]:
     """Moves batches, or what else a step takes, to the devices ahead of their use.
 
@@ -202,8 +212,9 @@ def prefetch_to_device(
         batches: Batches on the host; with several processes, each one's share.
         sharding: How their arrays are spread over the devices.
         size: How many batches lie on the devices at a time.
+        prepare: What is done to each on the devices.
     """
-    return DeviceBatches(batches, sharding, size)
+    return DeviceBatches(batches, sharding, size, prepare)
 
 
 def foreground_fraction(

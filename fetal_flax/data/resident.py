@@ -1,6 +1,6 @@
 """The data set in the devices' own memory: shuffled, varied and batched without the host.
 
-HC18 at 256×256 is 100 MB as uint8. Once there, an epoch needs nothing from the host but which
+HC18 at 256×256 is 131 MB as uint8. Once there, an epoch needs nothing from the host but which
 image stands where and how it is warped, a few kilobytes, so nothing can wait for data. Order and
 augmentation are those of the host's pipeline (`TrainingOrder`), drawn by the same code; the warp
 agrees with albumentations' to a grey level (tests/data/test_resident.py).

@@ -65,6 +65,8 @@ class Steps(NamedTuple):
     train_resident: jax.stages.Wrapped
     """(TrainState, Resident, Plan) → (TrainState, Metrics): the steps of a plan, one after the
     other, in one dispatch; a metric has a leading axis of steps."""
+    take: jax.stages.Wrapped
+    """(Resident, Plan) → Batch of the plan's only step."""
     evaluate_resident: jax.stages.Wrapped
     """(Variables, Resident, Plan) → Metrics, likewise."""
 
@@ -142,6 +144,9 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
     ) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(lambda state, step: train(state, batch_of(resident, step)), state, plan)
 
+    def take(resident: Resident, plan: Plan) -> Batch:
+        return batch_of(resident, jax.tree.map(lambda array: array[0], plan))
+
     def evaluate_resident(variables: Variables, resident: Resident, plan: Plan) -> Metrics:
         return jax.lax.map(lambda step: evaluate(variables, batch_of(resident, step)), plan)
 
@@ -151,6 +156,7 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
         jit(train, in_shardings=(whole, split), **trained),
         jit(evaluate, in_shardings=(whole, split), out_shardings=whole),
         jit(train_resident, in_shardings=(whole, whole, planned), **trained),
+        jit(take, in_shardings=(whole, planned), out_shardings=split),
         jit(evaluate_resident, in_shardings=(whole, whole, planned), out_shardings=whole),
     )
 
