@@ -106,7 +106,10 @@ def traced(step: Any, folder: Path | None) -> Iterator[Any]:
         call = next(calls)
         if call == TRACED_CALLS.start:
             jax.block_until_ready(arguments)
-            trace.enter_context(jax.profiler.trace(folder))
+            options = jax.profiler.ProfileOptions()
+            # Python's frames tell little of a step, and following every loader thread is risky.
+            options.python_tracer_level = 0
+            trace.enter_context(jax.profiler.trace(folder, profiler_options=options))
         results = step(*arguments)
         if call == TRACED_CALLS.stop - 1:
             jax.block_until_ready(results)
