@@ -2,8 +2,8 @@
 
     python train.py
 
-5 min 36 s to validation Dice 0.9679 on two cores of a shared Xeon (2026-11-23; another job ran
-beside it). The first epoch validates near 0: the running statistics have yet to settle.
+Validation Dice 0.9701 after 8 epochs that take 3 minutes together, on two cores of a shared AMD
+EPYC (2026-11-24). The first epoch validates near 0: the running statistics have yet to settle.
 """
 
 from fetal_flax.config import (
