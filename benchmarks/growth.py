@@ -102,12 +102,13 @@ def training_step(side: int, repeats: int) -> float:
     config = DataConfig(image_size=(side, side), workers=0)
     batch = next(batches_of(dataset, config, 1))
     batch = jax.device_put(batch, batch_sharding(mesh))
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state, batch))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+
+    def call():
+        nonlocal state
+        state, metrics = step(state, batch)
+        return state, metrics
+
+    return statistics.median(alternate({"step": call}, repeats)["step"])
 
 
 def data_set(count: int, backend: str, side: int) -> None:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,12 +112,11 @@ def benchmark(
     learning = 2 * sum(part.macs for part in parts.parts if part.trainable)
     machine = _machine(model, repeats)
     timings = [
-        _inference(model, image_size, batch, machine, forward, repeats)
+        _measure(_inference(model, image_size, batch), batch, forward, machine, repeats)
         for batch in inference_batches
     ]
-    timings.append(
-        _training(model, image_size, training_batch, machine, forward + 2 * learning, repeats)
-    )
+    training = _training(model, image_size, training_batch)
+    timings.append(_measure(training, training_batch, forward + 2 * learning, machine, repeats))
     return Report(machine, model.title, image_size, tuple(timings), _peak_bytes())
 
 
@@ -152,30 +151,23 @@ def render(report: Report) -> rich.console.Group:
     )
 
 
-def _inference(
-    model: ModelConfig,
-    image_size: tuple[int, int],
-    batch_size: int,
-    machine: Machine,
-    flops: int,
-    repeats: int,
-) -> Timing:
+class _Computation(NamedTuple):
+    """What is timed: a function, its first arguments, and the next ones from its results."""
+
+    name: str
+    function: jax.stages.Wrapped
+    arguments: tuple[Any, ...]
+    following: Callable[[Any], tuple[Any, ...]]
+
+
+def _inference(model: ModelConfig, image_size: tuple[int, int], batch_size: int) -> _Computation:
     predictor = Predictor(model, functional.init(model, 0), image_size, batch_size=batch_size)
     images = jnp.zeros((batch_size, *image_size, model.in_channels), jnp.uint8)
     function, arguments = predictor.call(images)
-    compiled, compile_seconds = _compile(function, arguments)
-    seconds = _repeat(lambda: compiled(*arguments), repeats)
-    return _timing("inference", batch_size, seconds, compile_seconds, compiled, machine, flops)
+    return _Computation("inference", function, arguments, lambda _: arguments)
 
 
-def _training(
-    model: ModelConfig,
-    image_size: tuple[int, int],
-    batch_size: int,
-    machine: Machine,
-    flops: int,
-    repeats: int,
-) -> Timing:
+def _training(model: ModelConfig, image_size: tuple[int, int], batch_size: int) -> _Computation:
     mesh = create_mesh()
     check_batch_size(batch_size, mesh)
     config = TrainConfig(
@@ -195,15 +187,9 @@ def _training(
         ),
         batch_sharding(mesh),
     )
-    compiled, compile_seconds = _compile(create_steps(config, 1.0, mesh).train, (state, batch))
-
-    def step() -> Any:
-        nonlocal state
-        state, metrics = compiled(state, batch)
-        return state, metrics
-
-    seconds = _repeat(step, repeats)
-    return _timing("training", batch_size, seconds, compile_seconds, compiled, machine, flops)
+    step = create_steps(config, 1.0, mesh).train
+    # A step consumes its state.
+    return _Computation("training", step, (state, batch), lambda results: (results[0], batch))
 
 
 def _machine(model: ModelConfig, repeats: int) -> Machine:
@@ -215,8 +201,10 @@ def _machine(model: ModelConfig, repeats: int) -> Machine:
     product = jax.jit(lambda a: a @ a)
     # The result differs from the argument, so that the copy can't be left out.
     line, copy = jnp.ones(_COPY_BYTES // 4, jnp.float32), jax.jit(lambda a: a + 1)
-    product_seconds = statistics.median(_repeat(lambda: product(matrix), repeats))
-    copy_seconds = statistics.median(_repeat(lambda: copy(line), repeats))
+    product_seconds, copy_seconds = (
+        statistics.median(_repeat(call, (array,), lambda _, array=array: (array,), repeats))
+        for call, array in ((product, matrix), (copy, line))
+    )
     return Machine(
         device=_device_name(),
         devices=jax.device_count(),
@@ -227,33 +215,15 @@ def _machine(model: ModelConfig, repeats: int) -> Machine:
     )
 
 
-def _compile(
-    function: jax.stages.Wrapped, arguments: tuple[Any, ...]
-) -> tuple[jax.stages.Compiled, float]:
+def _measure(
+    computation: _Computation, batch_size: int, flops: int, machine: Machine, repeats: int
+) -> Timing:
+    """Compiles and times a computation of `flops` for each image."""
+    name, function, arguments, following = computation
     start = time.perf_counter()
     compiled = function.lower(*arguments).compile()
-    return compiled, time.perf_counter() - start
-
-
-def _repeat(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Returns the seconds of each repetition, behind one that warms up."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - start)
-    return seconds[1:]
-
-
-def _timing(
-    name: str,
-    batch_size: int,
-    seconds: Sequence[float],
-    compile_seconds: float,
-    compiled: jax.stages.Compiled,
-    machine: Machine,
-    flops: int,
-) -> Timing:
+    compile_seconds = time.perf_counter() - start
+    seconds = _repeat(compiled, arguments, following, repeats)
     median = statistics.median(seconds)
     low, high = np.percentile(seconds, (25, 75))
     memory = compiled.memory_analysis()
@@ -271,6 +241,22 @@ def _timing(
         memory.temp_size_in_bytes if memory else None,
         least / median,
     )
+
+
+def _repeat(
+    call: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    following: Callable[[Any], tuple[Any, ...]],
+    repeats: int,
+) -> list[float]:
+    """Returns the seconds of each repetition, behind one that warms up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        results = jax.block_until_ready(call(*arguments))
+        seconds.append(time.perf_counter() - start)
+        arguments = following(results)
+    return seconds[1:]
 
 
 def _device_name() -> str:

@@ -16,7 +16,7 @@ import absl.logging
 import tyro
 
 from fetal_flax.compilation_cache import keep_compilations
-from fetal_flax.config import DataConfig, ModelConfig, TrainConfig
+from fetal_flax.config import DataConfig, ModelConfig, TestTimeAugmentation, TrainConfig
 from fetal_flax.errors import InputError
 from fetal_flax.parity.settings import ParitySettings
 
@@ -138,7 +138,7 @@ class Evaluate:
     """HC18 folder in the official layout; without it, the data that the run was trained on."""
     split: Literal["train", "validation", "all"] = "all"
     """Which side of the run's split."""
-    tta: Literal["none", "flip"] = "none"
+    tta: TestTimeAugmentation = "none"
     """Test-time augmentation: `flip` averages each image with its mirror image."""
 
     def run(self) -> int:
@@ -165,7 +165,7 @@ class Predict:
     pixel_size_csv: Path | None = None
     """CSV with the columns `filename` and `pixel size(mm)`, as HC18 has it; without it, heads are
     measured in pixels alone, but for DICOM files, which tell."""
-    tta: Literal["none", "flip"] = "none"
+    tta: TestTimeAugmentation = "none"
     """Test-time augmentation: `flip` averages each image with its mirror image, and
     measurements.csv has how far the two are apart."""
     save_logits: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -211,7 +211,7 @@ class Submission:
     """Its test_set_pixel_size.csv."""
     output: Path = Path("submission.csv")
     """The CSV to write."""
-    tta: Literal["none", "flip"] = "none"
+    tta: TestTimeAugmentation = "none"
     """Test-time augmentation: `flip` averages each image with its mirror image."""
 
     def run(self) -> int:
@@ -347,11 +347,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # which our own sentences name.
     absl.logging.set_verbosity(absl.logging.ERROR)
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-    keep_compilations(DataConfig.cache_dir)
     name = next((name for name in COMMANDS if arguments[: name.count(" ") + 1] == name.split()), "")
     if not name:
         print(_usage(), file=sys.stderr if arguments not in (["-h"], ["--help"]) else sys.stdout)
         return 0 if arguments in (["-h"], ["--help"]) else 2
+    keep_compilations(DataConfig.cache_dir)
     flags = arguments[name.count(" ") + 1 :]
     try:
         return _parse(name, flags).run()

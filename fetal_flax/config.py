@@ -15,6 +15,8 @@ from typing import Any, Literal
 from fetal_flax.errors import InputError
 
 Config = typing.TypeVar("Config")
+TestTimeAugmentation = Literal["none", "flip"]
+"""How often the network sees an image: once, or its mirror image too."""
 
 
 def _require(condition: bool, field: str, rule: str, value: object) -> None:

@@ -4,7 +4,6 @@ Needs pydicom, the extra `dicom`. Which attributes say what: DICOM PS3.3, C.8.5.
 regions), C.7.6.3 (pixels), C.11.2 (windows).
 """
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,7 @@ class DicomFile:
             why = _in_one_line(error)
             raise InputError(f"{self._path} has pixels that can't be decoded: {why}") from None
 
-    @functools.cached_property
+    @property
     def pixel_size_mm(self) -> float | None:
         """Side of a pixel: the calibration of the 2-D tissue region, else the pixel spacing.
 

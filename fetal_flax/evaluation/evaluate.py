@@ -10,7 +10,7 @@ import rich.progress
 
 from fetal_flax import checkpoints
 from fetal_flax.checkpoints import Description
-from fetal_flax.config import DataConfig, from_dict, to_dict
+from fetal_flax.config import DataConfig, TestTimeAugmentation, from_dict, to_dict
 from fetal_flax.data import splits
 from fetal_flax.data.builders import Dataset, Record, open_dataset
 from fetal_flax.data.images import read_gray
@@ -25,7 +25,6 @@ from fetal_flax.evaluation.report import Row, write_mask, write_metrics
 from fetal_flax.evaluation.surface import surface_distances
 from fetal_flax.inference.predictor import (
     Predictor,
-    TestTimeAugmentation,
     Views,
     mean_logits,
     native_mask,

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from fetal_flax import checkpoints
+from fetal_flax.config import TestTimeAugmentation
 from fetal_flax.evaluation import pictures
 from fetal_flax.evaluation.gestation import gestational_age
 from fetal_flax.evaluation.head import OUTLINE_PX, Head, largest_region, measure_head
@@ -20,7 +21,6 @@ from fetal_flax.files import csv_bytes, write_atomically
 from fetal_flax.inference.predictor import (
     NetworkLogits,
     Predictor,
-    TestTimeAugmentation,
     Views,
     mean_logits,
     native_mask,

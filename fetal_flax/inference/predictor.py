@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import cv2
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float32, UInt8
 from scipy.special import log_expit
 
 from fetal_flax import checkpoints
-from fetal_flax.config import ModelConfig
+from fetal_flax.config import ModelConfig, TestTimeAugmentation
 from fetal_flax.data.images import resize_image
 from fetal_flax.models import functional
 from fetal_flax.models.convolution import compiler_options
@@ -23,7 +23,6 @@ Image = UInt8[np.ndarray, "height width"]
 NetworkLogits = Float32[np.ndarray, "network_height network_width"]
 Views = Float32[np.ndarray, "views network_height network_width"]
 """An image's logits, one map for each way that the network saw it; mirror images mirrored back."""
-TestTimeAugmentation = Literal["none", "flip"]
 Item = TypeVar("Item")
 
 

@@ -9,10 +9,10 @@ import dataclasses
 import math
 from pathlib import Path
 
+from fetal_flax.config import TestTimeAugmentation
 from fetal_flax.data.ellipse import Ellipse
 from fetal_flax.files import csv_bytes, write_atomically
 from fetal_flax.inference.predict import measured_images
-from fetal_flax.inference.predictor import TestTimeAugmentation
 
 COLUMNS = (
     "filename",

@@ -36,8 +36,7 @@ def cross_validate(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     runs = [fold_folder(workdir, fold) for fold in folds]
     for fold, run in zip(folds, runs, strict=True):
         loop.train(with_fold(config, fold), run, resume=(run / "config.json").exists())
-    measured = _joined([measure(run, workdir, split="validation") for run in runs])
-    measured = dataclasses.replace(measured, run={**measured.run, "checkpoint": str(workdir)})
+    measured = _joined(workdir, [measure(run, workdir, split="validation") for run in runs])
     return write_results(workdir, measured, curves=[run / "curves.png" for run in runs])
 
 
@@ -58,7 +57,7 @@ def fold_folder(workdir: Path, fold: int) -> Path:
     return workdir / f"fold-{fold}"
 
 
-def _joined(folds: Sequence[Measured]) -> Measured:
+def _joined(workdir: Path, folds: Sequence[Measured]) -> Measured:
     """Returns the folds as one evaluation, with a column that says which image is whose."""
     rows = [
         row._replace(columns=row.columns | {"fold": fold})
@@ -71,6 +70,7 @@ def _joined(folds: Sequence[Measured]) -> Measured:
         rows=rows,
         run={
             **folds[0].run,
+            "checkpoint": str(workdir),
             "epoch": [measured.run["epoch"] for measured in folds],
             "split": f"each of {len(folds)} folds",
         },
