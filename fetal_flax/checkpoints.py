@@ -2,22 +2,32 @@
 
 The only file that knows Orbax. A training workdir and a converted directory look alike:
 
-    DIR/checkpoints/EPOCH/variables     parameters and batch statistics, by name
-    DIR/checkpoints/EPOCH/training      step, optimizer state, learning rates; training only
-    DIR/checkpoints/EPOCH/description   JSON: kind, network, image size, config, progress
+    DIR/checkpoints/NUMBER/variables     parameters and batch statistics, by name
+    DIR/checkpoints/NUMBER/training      step, optimizer state, learning rates; training only
+    DIR/checkpoints/NUMBER/description   JSON: kind, network, image size, config, progress, SHA-256
+    DIR/damaged/NUMBER                   what a resumed run could not read
 
-Saving is atomic: Orbax marks a checkpoint as complete last, and ignores one that isn't.
+A run's NUMBER is its complete epochs times a million, plus the steps done of the next: 3000000 is
+the end of the third epoch, 3000017 an interruption 17 steps later. Saving is atomic: Orbax renames
+a complete checkpoint into place, and ignores what is not. What comes back is what was saved:
+SHA-256 digests of arrays and description are in the description.
 """
 
 import contextlib
 import dataclasses
+import errno
+import hashlib
+import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from fetal_flax.config import ModelConfig, from_dict, to_dict
@@ -25,10 +35,17 @@ from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"
+DAMAGED = "damaged"
+PER_EPOCH = 1_000_000
 Kind = Literal["network", "encoder"]
 _policies = checkpoint_managers.preservation_policy
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
+
+
+class DamagedError(InputError):
+    """A checkpoint's files can't be read, or hold something else than was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,72 +77,116 @@ class Description:
 class TrainingCheckpoints:
     """The checkpoints of a run: the last two and the best by validation Dice.
 
+    With several processes, all of them make the same calls; the folder is one that they share.
+
     Args:
         workdir: The run's folder.
     """
 
     def __init__(self, workdir: Path):
-        keep = _policies.AnyPreservationPolicy(
-            [_policies.LatestN(2), _policies.BestN(get_metric_fn=_dice, n=1)]
-        )
+        best = _policies.BestN(get_metric_fn=_dice, n=1, keep_checkpoints_without_metrics=False)
+        keep = _policies.AnyPreservationPolicy([_policies.LatestN(2), best])
         self._workdir = workdir
-        self._manager = ocp.CheckpointManager(
-            (workdir / FOLDER).resolve(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep, best_fn=_dice, best_mode="max"
-            ),
-        )
+        with _damage_named(workdir):
+            self._manager = ocp.CheckpointManager(
+                (workdir / FOLDER).resolve(),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=keep,
+                    best_fn=_dice,
+                    best_mode="max",
+                    # What a killed run was saving.
+                    cleanup_tmp_directories=True,
+                ),
+            )
 
     def save(
         self,
-        epoch: int,
+        epochs: int,
+        begun: int,
         variables: Variables,
         training: Any,
         description: Description,
-        validation_dice: float,
+        validation_dice: float | None,
     ) -> None:
-        """Saves in the background; the arrays may be donated as soon as this returns."""
-        self._manager.save(
-            epoch,
-            args=ocp.args.Composite(
-                variables=ocp.args.StandardSave(variables._asdict()),
-                training=ocp.args.StandardSave(training),
-                description=ocp.args.JsonSave(_to_json(description)),
-            ),
-            metrics={"dice": validation_dice},
-        )
+        """Saves in the background; the arrays may be donated as soon as this returns.
+
+        Args:
+            epochs: Complete epochs.
+            begun: Steps done of the next.
+            variables: Parameters and batch statistics.
+            training: The rest of the training state.
+            description: What it is.
+            validation_dice: After a complete epoch; None in between.
+
+        Raises:
+            OSError: It can't be written, or the one before couldn't.
+        """
+        items = {"variables": variables._asdict(), "training": training}
+        with _write_failure_named():
+            self._manager.save(
+                epochs * PER_EPOCH + begun,
+                args=_save_arguments(items, description),
+                metrics=None if validation_dice is None else {"dice": validation_dice},
+            )
 
     def restore_latest(
         self, variables: Variables, training: Any
-    ) -> tuple[Variables, Any, Description] | None:
-        """Restores the last checkpoint, or returns None where there is none.
+    ) -> tuple[Variables, Any, Description, list[str]] | None:
+        """Restores the last checkpoint that is whole, or returns None where there is none at all.
+
+        What is damaged is moved to WORKDIR/damaged, so that the run can save in its place.
 
         Args:
             variables: Arrays or shapes with the shardings to restore to.
             training: The same for what `save` got as `training`.
 
+        Returns:
+            Variables, training, description, and what was wrong with each damaged checkpoint.
+
         Raises:
-            InputError: The checkpoint can't be read.
+            DamagedError: None is whole.
+            InputError: The last is of another format.
         """
-        epoch = self._manager.latest_step()
-        if epoch is None:
-            return None
-        with _damage_named(self._workdir):
-            restored = self._manager.restore(
-                epoch,
-                args=ocp.args.Composite(
-                    variables=ocp.args.StandardRestore(variables._asdict()),
-                    training=ocp.args.StandardRestore(training),
-                    description=ocp.args.JsonRestore(),
-                ),
-            )
-            description = _from_json(restored["description"], f"checkpoint {epoch}")
-        return Variables(**restored["variables"]), restored["training"], description
+        abstract = {"variables": variables._asdict(), "training": training}
+        damaged: dict[int, DamagedError] = {}
+        for number in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                items, description = _restore(self._manager, number, abstract, self._workdir)
+            except DamagedError as error:
+                damaged[number] = error
+                continue
+            self._put_aside(damaged)
+            messages = [str(error) for error in damaged.values()]
+            return Variables(**items["variables"]), items["training"], description, messages
+        if damaged:
+            raise next(iter(damaged.values()))
+        return None
+
+    def wait(self) -> None:
+        """Waits until everything is saved.
+
+        Raises:
+            OSError: It can't be written.
+        """
+        with _write_failure_named():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits until everything is saved."""
-        self._manager.wait_until_finished()
+        """Lets go of the folder; `wait` first."""
         self._manager.close()
+
+    def _put_aside(self, numbers: Iterable[int]) -> None:
+        if not numbers:
+            return
+        if jax.process_index() == 0:
+            folder = self._workdir / DAMAGED
+            folder.mkdir(exist_ok=True)
+            for number in numbers:
+                target = folder / str(number)
+                shutil.rmtree(target, ignore_errors=True)
+                (self._workdir / FOLDER / str(number)).rename(target)
+        multihost_utils.sync_global_devices("damaged checkpoints put aside")
+        self._manager.reload()
 
 
 def save(directory: Path, variables: Variables, description: Description) -> None:
@@ -140,13 +201,7 @@ def save(directory: Path, variables: Variables, description: Description) -> Non
     made_directory = not directory.exists()
     try:
         with ocp.CheckpointManager(folder.resolve()) as manager:
-            manager.save(
-                0,
-                args=ocp.args.Composite(
-                    variables=ocp.args.StandardSave(variables._asdict()),
-                    description=ocp.args.JsonSave(_to_json(description)),
-                ),
-            )
+            manager.save(0, args=_save_arguments({"variables": variables._asdict()}, description))
     except BaseException as error:
         # A retry must not find half a checkpoint.
         shutil.rmtree(directory if made_directory else folder, ignore_errors=True)
@@ -170,13 +225,13 @@ def load(directory: Path, *, kinds: Sequence[Kind] = ("network",)) -> tuple[Vari
             network is wanted.
     """
     with _reader(directory) as manager:
-        epoch, description = _describe(manager, directory)
+        number, description = _describe(manager, directory)
         if description.kind not in kinds:
             raise InputError(
                 f"{directory} holds an encoder alone: train a network on it with "
                 f"--encoder.weights {directory}"
             )
-        return _load(manager, epoch, _shapes(description)), description
+        return _load(manager, number, _shapes(description), directory), description
 
 
 def load_encoder(directory: Path, expected: Variables) -> Variables:
@@ -190,8 +245,8 @@ def load_encoder(directory: Path, expected: Variables) -> Variables:
         InputError: There is no checkpoint, it can't be read, or the shapes differ.
     """
     with _reader(directory) as manager:
-        epoch, description = _describe(manager, directory)
-        loaded = functional.encoder_part(_load(manager, epoch, _shapes(description)))
+        number, description = _describe(manager, directory)
+        loaded = functional.encoder_part(_load(manager, number, _shapes(description), directory))
     for ours, theirs in zip(expected, loaded, strict=True):
         differing = [n for n in ours if n not in theirs or ours[n].shape != theirs[n].shape]
         if differing:
@@ -214,8 +269,19 @@ def _reader(directory: Path) -> Iterator[ocp.CheckpointManager]:
         raise InputError(
             f"{directory} holds no checkpoint: give a training workdir or a converted directory"
         )
+    process = jax.process_index()
     options = ocp.CheckpointManagerOptions(
-        read_only=True, save_interval_steps=0, create=False, best_fn=_dice, best_mode="max"
+        read_only=True,
+        save_interval_steps=0,
+        create=False,
+        best_fn=_dice,
+        best_mode="max",
+        # One process may read alone, without waiting for the others.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=process,
+            active_processes={process},
+            barrier_sync_key_prefix=f"reader{process}",
+        ),
     )
     with (
         _damage_named(directory),
@@ -225,26 +291,87 @@ def _reader(directory: Path) -> Iterator[ocp.CheckpointManager]:
 
 
 @contextlib.contextmanager
-def _damage_named(directory: Path) -> Iterator[None]:
+def _damage_named(directory: Path, number: int | None = None) -> Iterator[None]:
     """Turns what Orbax says of broken files into a sentence that names their place."""
+    folder = directory / FOLDER / ("" if number is None else str(number))
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # Of broken files, Orbax and TensorStore raise many kinds.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{directory / FOLDER} is damaged ({reason[:200]}): restore it from a copy, or delete "
-            "the damaged epoch's folder to fall back on another"
+        raise DamagedError(
+            f"{folder} is damaged ({reason[:200]}): restore it from a copy, or move it away to "
+            "fall back on another"
         ) from error
 
 
+@contextlib.contextmanager
+def _write_failure_named() -> Iterator[None]:
+    """Turns TensorStore's words for a full disk into the OSError that it is."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if any(os.strerror(code) in str(error) for code in _DISK_ERRORS):
+            raise OSError(str(error).splitlines()[0]) from error
+        raise
+
+
+def _save_arguments(items: Mapping[str, Any], description: Description) -> ocp.args.Composite:
+    values = _to_json(description)
+    digests = {name: _digest_of_arrays(tree) for name, tree in items.items()}
+    digests["description"] = _digest_of_json(values)
+    return ocp.args.Composite(
+        **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+        description=ocp.args.JsonSave(values | {"sha256": digests}),
+    )
+
+
+def _restore(
+    manager: ocp.CheckpointManager, number: int, abstract: Mapping[str, Any], directory: Path
+) -> tuple[dict[str, Any], Description]:
+    """Restores the items of `abstract` and the description, and checks their digests."""
+    with _damage_named(directory, number):
+        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        restored = manager.restore(
+            number, args=ocp.args.Composite(**arguments, description=ocp.args.JsonRestore())
+        )
+        values = dict(restored["description"])
+        digests = values.pop("sha256", None)
+        # Before the format is judged, lest a flipped digit passes for a newer version.
+        if digests is not None and digests["description"] != _digest_of_json(values):
+            raise ValueError("its description is not what was saved")
+        description = _from_json(values, str(directory))
+        items = {name: restored[name] for name in abstract}
+        for name, tree in items.items():
+            if digests[name] != _digest_of_arrays(tree):
+                raise ValueError(f"its {name} are not what was saved")
+    return items, description
+
+
+def _digest_of_arrays(tree: Any) -> str:
+    """Returns the SHA-256 of names, types, shapes and values; the arrays are whole on each host."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _digest_of_json(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def _describe(manager: ocp.CheckpointManager, directory: Path) -> tuple[int, Description]:
-    epoch = manager.best_step()
-    if epoch is None:
-        epoch = manager.latest_step()
-    if epoch is None:
+    number = manager.best_step()
+    if number is None:
+        number = manager.latest_step()
+    if number is None:
         raise InputError(f"{directory} holds no complete checkpoint: train or convert again")
-    args = ocp.args.Composite(description=ocp.args.JsonRestore())
-    return epoch, _from_json(manager.restore(epoch, args=args)["description"], str(directory))
+    return number, _restore(manager, number, {}, directory)[1]
 
 
 def _shapes(description: Description) -> Variables:
@@ -252,13 +379,15 @@ def _shapes(description: Description) -> Variables:
     return functional.encoder_part(shapes) if description.kind == "encoder" else shapes
 
 
-def _load(manager: ocp.CheckpointManager, epoch: int, shapes: Variables) -> Variables:
+def _load(
+    manager: ocp.CheckpointManager, number: int, shapes: Variables, directory: Path
+) -> Variables:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes._asdict()
     )
-    args = ocp.args.Composite(variables=ocp.args.StandardRestore(abstract))
-    return Variables(**manager.restore(epoch, args=args)["variables"])
+    items, _ = _restore(manager, number, {"variables": abstract}, directory)
+    return Variables(**items["variables"])
 
 
 def _dice(metrics: Mapping[str, float]) -> float:
@@ -266,7 +395,8 @@ def _dice(metrics: Mapping[str, float]) -> float:
 
 
 def _to_json(description: Description) -> dict[str, Any]:
-    return {"format": FORMAT, **to_dict(description)}
+    # As it will be read: tuples are lists then.
+    return json.loads(json.dumps({"format": FORMAT, **to_dict(description)}))
 
 
 def _from_json(values: dict[str, Any], source: str) -> Description:

@@ -17,7 +17,7 @@ import tyro
 
 from fetal_flax.compilation_cache import keep_compilations
 from fetal_flax.config import DataConfig, ModelConfig, TestTimeAugmentation, TrainConfig
-from fetal_flax.errors import InputError
+from fetal_flax.errors import InputError, Interrupted, RunError
 from fetal_flax.parity.settings import ParitySettings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -38,16 +38,31 @@ class Train:
     """Train one fold of a cross-validation, counted from 0 (data.folds, or 5); the command
     cross-validate trains those that are missing and reports on all."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on behind the last complete epoch in the workdir."""
+    """Go on where the run in the workdir stopped."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Build everything, run one step, print the plan and write nothing."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Trace a few steps into the workdir's profile/, for TensorBoard or Perfetto."""
+    distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Train together with other processes; SLURM, Open MPI and the next three flags tell which."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, with --distributed."""
+    process_count: int | None = None
+    """Number of processes, with --distributed."""
+    process_id: int | None = None
+    """This process's position among them, from 0, with --distributed."""
 
     def run(self) -> int:
         """Trains, or prints the plan."""
-        from fetal_flax.training import cross_validation, loop, plan
+        from fetal_flax.training import cross_validation, distributed, loop, plan
 
+        together = self.coordinator, self.process_count, self.process_id
+        if self.distributed:
+            distributed.initialize(*together)
+        elif any(flag is not None for flag in together):
+            raise InputError(
+                "--coordinator, --process-count and --process-id are for --distributed"
+            )
         settings, workdir = self.settings, Path("runs", self.settings.name)
         if self.fold is not None:
             settings = cross_validation.with_fold(settings, self.fold)
@@ -340,7 +355,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command and flags; None takes the process's.
 
     Returns:
-        The exit code: 0 done; 2 bad input, which a sentence on stderr names; 130 interrupted.
+        The exit code: 0 done; 1 a run that can't go on, 2 bad input, 75 a training that was asked
+        to stop and can be resumed, all with a sentence on stderr; 130 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Orbax and Grain warn of their own settings, which no user can act on; OpenCV of broken files,
@@ -358,6 +374,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"fetal-flax {name}: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"fetal-flax {name}: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        print(
+            f"fetal-flax {name}: {str(error) or 'stopped before the first step'}", file=sys.stderr
+        )
+        return 75
     except KeyboardInterrupt:
         return 130
 

@@ -251,6 +251,9 @@ class ScheduleConfig:
     """No reduction goes below this."""
     early_stopping_patience: int = 15
     """Epochs without a new best validation Dice after which training stops."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradients are not finite: stop the run, with the state before
+    it and its batch saved, or change nothing and be counted."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "schedule.epochs", "at least 1", self.epochs)
@@ -280,6 +283,8 @@ class TrainConfig:
     """Names the run; the default workdir is `runs/NAME`."""
     seed: int = 0
     """Seeds initialisation, split, data order, augmentation and dropout."""
+    deterministic: bool = False
+    """Bit-identical results on a GPU from one time to the next, at some cost; on a CPU they are."""
     model: ModelConfig = ModelConfig()
     encoder: EncoderConfig = EncoderConfig()
     data: DataConfig = DataConfig()

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The exceptions that the command line turns into one sentence and an exit code."""
 
 
 class InputError(Exception):
@@ -6,4 +6,18 @@ class InputError(Exception):
 
     The message is one sentence that names the file or field and the way out; the command line
     prints it to stderr without a traceback and exits with code 2.
+    """
+
+
+class RunError(Exception):
+    """A training run that can't go on, through no fault of its settings or files; exit code 1.
+
+    The message says at which step, what is saved, and how to go on.
+    """
+
+
+class Interrupted(Exception):  # noqa: N818  It is a request, not an error.
+    """A run that was asked to stop and can be resumed; exit code 75.
+
+    75 is `EX_TEMPFAIL` of sysexits.h: try again later.
     """

@@ -1,10 +1,14 @@
-"""Writing small files so that a reader never sees half of one."""
+"""Small files: writing them so that no reader sees half of one, and locks."""
 
+import contextlib
 import csv
+import errno
+import fcntl
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +34,37 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise InputError(
-            f"can't write {path} ({error.strerror}): choose an output folder that can be written"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "make room" if full else "choose an output folder that can be written"
+        raise InputError(f"can't write {path} ({error.strerror}): {way_out}") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[None]:
+    """Holds a lock file against other processes; a killed one lets go.
+
+    Args:
+        path: The lock file; it and its folder are made if needed, and stay.
+        wait: Wait for another holder, instead of raising.
+
+    Raises:
+        InputError: Another process holds it.
+        OSError: The file can't be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"{path.parent} is in use by {file.read().strip() or 'another process'}: wait for "
+                "it, or choose another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def csv_bytes(rows: Sequence[Sequence[object]]) -> bytes:

@@ -8,7 +8,6 @@ stored as.
 import concurrent.futures.process
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import io
 import multiprocessing
@@ -35,6 +34,7 @@ from fetal_flax.data.workers import (
     start_worker,
 )
 from fetal_flax.errors import InputError
+from fetal_flax.files import locked
 
 _SPLIT = "train"  # TFDS reserves "all"; the split into training and validation is splits.py's.
 _PHANTOMS_PER_WORKER = 32  # Fewer don't repay the start of a worker process.
@@ -236,7 +236,7 @@ def _prepare(make_builder: Callable[[], tfds.core.DatasetBuilder], folder: Path)
     """Has TFDS write the dataset under `folder` unless it is there."""
     require_main_guard()  # Such a process would wait for ever for its parent's lock.
     try:
-        with _locked(folder):
+        with locked(folder / "lock", wait=True):
             builder = make_builder()
             if builder.data_path.exists():
                 return
@@ -251,12 +251,3 @@ def _prepare(make_builder: Callable[[], tfds.core.DatasetBuilder], folder: Path)
         ) from None
     except OSError as error:
         raise InputError(f"can't write the prepared dataset to {folder}: {error}") from None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds `folder` against other processes, which wait; a killed one lets go."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -34,6 +34,10 @@ Item = TypeVar("Item")
 _FOR_ORDER, _FOR_AUGMENTATION = 0, 1
 
 
+class WorkerDiedError(Exception):
+    """A worker process ended that should have loaded batches, such as one that was killed."""
+
+
 class Batch(NamedTuple):
     """Images at the network's size; uint8, which moves a quarter of float32's bytes."""
 
@@ -123,18 +127,13 @@ def training_batches(
     Raises:
         InputError: There are fewer images than a batch takes, or shards can't share it evenly.
     """
-    position, shards = shard
-    if batch_size % shards:
-        raise InputError(
-            f"setting schedule.batch_size is {batch_size}, not a multiple of {shards} processes"
-        )
     samples = _TrainingSamples(
         dataset,
         TrainingOrder(tuple(indices), augmentation, seed, batch_size),
         config.image_size,
         channels,
         steps=range(start_step, total_steps),
-        rows=range(position * batch_size // shards, (position + 1) * batch_size // shards),
+        rows=shard_rows(batch_size, shard),
     )
     workers = _default_workers() if config.workers is None else config.workers
     return _batches(samples, len(samples.rows), config.prefetch, workers)
@@ -147,13 +146,36 @@ def evaluation_batches(
     *,
     channels: int,
     batch_size: int,
+    shard: tuple[int, int] = (0, 1),
 ) -> Generator[Batch, None, None]:
     """Returns every record of `indices` once, in order, the last batch padded with zeros.
 
-    Threads load them: worker processes take seconds to start, at every evaluation.
+    Threads load them: worker processes take seconds to start, at every evaluation. `shard` is that
+    of `training_batches`.
     """
-    samples = _EvaluationSamples(dataset, tuple(indices), config.image_size, channels, batch_size)
-    return _batches(samples, batch_size, config.prefetch, workers=0)
+    rows = shard_rows(batch_size, shard)
+    samples = _EvaluationSamples(
+        dataset, tuple(indices), config.image_size, channels, batch_size, rows
+    )
+    return _batches(samples, len(rows), config.prefetch, workers=0)
+
+
+def shard_rows(batch_size: int, shard: tuple[int, int]) -> range:
+    """Returns the rows of a batch that are a process's own.
+
+    Args:
+        batch_size: Images per step, over all shards together.
+        shard: The process's position among the processes, and their number.
+
+    Raises:
+        InputError: The processes can't share the batch evenly.
+    """
+    position, shards = shard
+    if batch_size % shards:
+        raise InputError(
+            f"setting schedule.batch_size is {batch_size}, not a multiple of {shards} processes"
+        )
+    return range(position * batch_size // shards, (position + 1) * batch_size // shards)
 
 
 class DeviceBatches(Generic[Item]):
@@ -258,13 +280,16 @@ class _EvaluationSamples:
     image_size: tuple[int, int]
     channels: int
     batch_size: int
+    rows: range
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size) * self.batch_size
+        return -(-len(self.indices) // self.batch_size) * len(self.rows)
 
     def __getitem__(self, position: int) -> Batch:
-        if position < len(self.indices):
-            record = self.indices[position]
+        step, row = divmod(position, len(self.rows))
+        index = step * self.batch_size + self.rows[row]
+        if index < len(self.indices):
+            record = self.indices[index]
             return _sample(self.dataset, record, self.image_size, self.channels, Transform())
         return Batch(
             image=np.zeros((*self.image_size, self.channels), np.uint8),
@@ -326,6 +351,10 @@ def _closing(iterator: Any) -> Generator[Batch, None, None]:
     """Yields from a Grain iterator and closes it at the end, or when itself closed."""
     try:
         yield from iterator
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise WorkerDiedError(str(error)) from error
     finally:
         iterator.close()
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float32, Int32, UInt8
 from fetal_flax.data.augmentation import sampling_matrix
 from fetal_flax.data.builders import Dataset
 from fetal_flax.data.images import resize_image, resize_mask
-from fetal_flax.data.pipeline import Batch, HostOrDevice, TrainingOrder
+from fetal_flax.data.pipeline import Batch, HostOrDevice, TrainingOrder, shard_rows
 from fetal_flax.data.workers import available_cpus
 
 
@@ -68,37 +68,47 @@ def training_plans(
     steps: int,
     start_step: int,
     total_steps: int,
+    shard: tuple[int, int] = (0, 1),
 ) -> Generator[Plan, None, None]:
     """Yields the plans of the steps from `start_step` up to `total_steps`, `steps` at a time.
 
     Args:
         order: Which image stands where.
         size: Height and width of the images.
-        steps: Steps per plan.
+        steps: Steps per plan, a divisor of an epoch's; in an epoch that has begun, fewer may come
+            first.
         start_step: The first step.
-        total_steps: The step to stop before; the number of steps is a multiple of `steps`.
+        total_steps: The step to stop before, an epoch's end.
+        shard: This process's position among the processes, and their number; each gets the rows
+            of the batches that are its own.
     """
-    for first in range(start_step, total_steps, steps):
+    rows = shard_rows(order.batch_size, shard)
+    first = start_step
+    while first < total_steps:
+        last = min(first - first % steps + steps, total_steps)
         records, transforms = zip(
-            *(
-                order.sample(step, row)
-                for step in range(first, first + steps)
-                for row in range(order.batch_size)
-            ),
+            *(order.sample(step, row) for step in range(first, last) for row in rows),
             strict=True,
         )
         matrices = np.stack([sampling_matrix(transform, size) for transform in transforms])
         yield Plan(
-            np.array(records, np.int32).reshape(steps, order.batch_size),
-            matrices.astype(np.float32).reshape(steps, order.batch_size, 2, 3),
+            np.array(records, np.int32).reshape(-1, len(rows)),
+            matrices.astype(np.float32).reshape(-1, len(rows), 2, 3),
         )
+        first = last
 
 
-def evaluation_plan(indices: Sequence[int], batch_size: int) -> Plan:
-    """Returns the plan that takes every record of `indices` once, as it is, in order."""
+def evaluation_plan(
+    indices: Sequence[int], batch_size: int, shard: tuple[int, int] = (0, 1)
+) -> Plan:
+    """Returns the plan that takes every record of `indices` once, as it is, in order.
+
+    `shard` is that of `training_plans`.
+    """
+    rows = shard_rows(batch_size, shard)
     padded = np.full(-(-len(indices) // batch_size) * batch_size, -1, np.int32)
     padded[: len(indices)] = indices
-    record = padded.reshape(-1, batch_size)
+    record = padded.reshape(-1, batch_size)[:, rows.start : rows.stop]
     return Plan(record, np.broadcast_to(np.eye(2, 3, dtype=np.float32), (*record.shape, 2, 3)))
 
 

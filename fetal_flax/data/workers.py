@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -42,8 +43,10 @@ def require_main_guard() -> None:
 def start_worker(*_: object) -> None:
     """Prepares a worker process: it ends with its parent and leaves the other CPUs alone.
 
-    Without the first, the workers of a killed run would wait for it for ever.
+    Without the first, the workers of a killed run would wait for it for ever. A terminal's Ctrl-C,
+    which goes to all processes of a run, is for the parent to answer.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

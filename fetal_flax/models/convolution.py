@@ -20,17 +20,20 @@ BAND_BYTES = 2 * 2**20
 
 
 @functools.cache
-def compiler_options() -> dict[str, str | bool]:
-    """Returns what to give to `jax.jit` where convolutions run; nothing but on a CPU.
+def compiler_options(*, deterministic: bool = False) -> dict[str, str | bool]:
+    """Returns what to give to `jax.jit` where convolutions run.
 
-    From jaxlib 0.10, XLA's CPU backend hands convolutions, matrix products and sums to the library
-    YNN. Its convolutions take 1.1 to 2 times as long as the Eigen code that they replace at the
-    shapes of these networks (benchmarks/convolutions.py), its products and sums do not: a training
-    step of batch 16 takes 0.7 of what it takes by default. An XLA that doesn't know the option has
-    nothing to turn off.
+    On a GPU, `deterministic` forbids what sums in no fixed order, such as atomic additions; a CPU
+    does nothing of the kind.
+
+    On a CPU, from jaxlib 0.10, XLA hands convolutions, matrix products and sums to the library YNN.
+    Its convolutions take 1.1 to 2 times as long as the Eigen code that they replace at the shapes
+    of these networks (benchmarks/convolutions.py), its products and sums do not: a training step of
+    batch 16 takes 0.7 of what it takes by default. An XLA that doesn't know the option has nothing
+    to turn off.
     """
     if jax.default_backend() != "cpu":
-        return {}
+        return {"xla_gpu_deterministic_ops": True} if deterministic else {}
     options: dict[str, str | bool] = {
         "xla_cpu_experimental_ynn_fusion_type": (
             "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"

@@ -3,17 +3,24 @@
 WORKDIR/config.json          the whole config
 WORKDIR/split.json           which image is on which side
 WORKDIR/run.json             what was found out at the start: pos_weight, versions, devices
-WORKDIR/checkpoints/         the last two epochs and the best
+WORKDIR/checkpoints/         the last two epochs and the best; where the run was interrupted
 WORKDIR/metrics.csv          a row per epoch; tensorboard/ has the same and every step
 WORKDIR/curves.png           loss, Dice and learning rate over the epochs
 WORKDIR/validation.png       validation images with the outlines of truth and prediction
 WORKDIR/profile/             traces of a few steps, with --profile
+WORKDIR/non_finite/          the batch that stopped the run, where one did
+WORKDIR/damaged/             checkpoints that could not be read, where a run resumed before them
+WORKDIR/.lock                held while a training runs
+
+A run that was stopped at any moment, even by SIGKILL, goes on with `resume` and ends as it would
+have ended, to the bit: what a step computes depends on the state and on (seed, step) alone.
 """
 
 import collections
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import platform
 import time
@@ -35,6 +42,7 @@ from fetal_flax.data.builders import Dataset, open_dataset
 from fetal_flax.data.pipeline import (
     DeviceBatches,
     TrainingOrder,
+    WorkerDiedError,
     evaluation_batches,
     foreground_fraction,
     prefetch_to_device,
@@ -47,13 +55,15 @@ from fetal_flax.data.resident import (
     load_resident,
     training_plans,
 )
-from fetal_flax.errors import InputError
+from fetal_flax.errors import InputError, Interrupted, RunError
 from fetal_flax.evaluation import pictures
 from fetal_flax.evaluation.metrics import segmentation_metrics
-from fetal_flax.files import json_bytes, write_atomically
+from fetal_flax.files import json_bytes, locked, write_atomically
 from fetal_flax.inference.predictor import Predictor
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
+from fetal_flax.training.distributed import everywhere, is_first, shard
+from fetal_flax.training.interruption import Interruption
 from fetal_flax.training.progress import Bar, Logs, Progress, traced
 from fetal_flax.training.schedule import EarlyStopping, Plateau
 from fetal_flax.training.sharding import (
@@ -69,6 +79,7 @@ SHEET_IMAGES = 12
 # Settings that may change when a run is resumed: they don't change what a step computes.
 RESUMABLE = (
     "schedule.epochs",
+    "schedule.non_finite",
     "data.workers",
     "data.prefetch",
     "data.steps_per_dispatch",
@@ -105,11 +116,13 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Progressed:
-    """Where a run stands between two epochs, besides its arrays."""
+    """Where a run stands, besides its arrays."""
 
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     plateau: Plateau = dataclasses.field(default_factory=Plateau)
     stopping: EarlyStopping = dataclasses.field(default_factory=EarlyStopping)
+    begun: list[tuple[float, float] | None] = dataclasses.field(default_factory=list)
+    """Loss and Dice of the steps done of the next epoch; None of a step that was skipped."""
 
     @property
     def epochs(self) -> int:
@@ -127,6 +140,7 @@ class Progressed:
             list(values["history"]),
             Plateau(**values["plateau"]),
             EarlyStopping(**values["stopping"]),
+            [step and (step[0], step[1]) for step in values["begun"]],
         )
 
 
@@ -175,7 +189,7 @@ def train(
     Args:
         config: The run.
         workdir: Where everything goes; must hold no run yet, unless `resume`.
-        resume: Go on behind the last complete epoch in `workdir`.
+        resume: Go on where the run in `workdir` stopped.
         profile: Trace a few steps into `workdir`/profile.
 
     Returns:
@@ -183,33 +197,86 @@ def train(
 
     Raises:
         InputError: Settings, files or data can't be used; the message says which.
+        RunError: The run can't go on; the message says what is saved.
+        Interrupted: SIGTERM or SIGINT came; the message says what is saved.
     """
-    check_workdir(config, workdir, resume=resume)
-    run = prepare(config)
-    progress = Progress(config.schedule.epochs)
-    progress.say(describe(run))
-    state = create_state(config, run.variables, run.mesh)
-    saved = TrainingCheckpoints(workdir)
-    with contextlib.closing(saved):
-        restored = saved.restore_latest(_variables(state), _training(state)) if resume else None
-        done = Progressed()
-        if restored is not None:
-            variables, training, description = restored
-            state = TrainState(**variables._asdict(), **training)
-            done = Progressed.from_json(dict(description.progress))
-            _check_same_split(run, workdir)
-            progress.say(f"resuming behind epoch {done.epochs}")
-        _write_start(run, workdir)
-        logs = Logs(workdir, int(state.step))
-        traces = workdir / "profile" if profile else None
-        done = _train_epochs(run, state, done, saved, logs, progress, traces)
-    pictures.training_curves(workdir / "curves.png", done.history)
-    _write_sheet(run, workdir)
-    progress.say(
-        f"best validation Dice {done.stopping.best:.4f} in epoch {done.stopping.best_epoch}; "
-        f"curves.png, validation.png, metrics.csv and checkpoints are in {workdir}"
-    )
+    with Interruption() as interruption, _held(workdir):
+        everywhere(lambda: check_workdir(config, workdir, resume=resume))
+        run = everywhere(lambda: prepare(config))
+        progress = Progress(config.schedule.epochs, quiet=not is_first())
+        progress.say(describe(run))
+        with _disk_failure_named(workdir), contextlib.ExitStack() as stack:
+            saved = stack.enter_context(contextlib.closing(TrainingCheckpoints(workdir)))
+            state, done = _start(run, workdir, saved, progress, resume=resume)
+            logs = None
+            if is_first():
+                _write_start(run, workdir)
+                logs = Logs(workdir, int(state.step), done.history)
+                stack.enter_context(contextlib.closing(logs))
+            underway = Underway(run, workdir, state, done, saved, logs, progress, interruption)
+            _train_epochs(underway, workdir / "profile" if profile else None)
+            saved.wait()
+        interruption.raise_at_once()
+        done = underway.done
+        if is_first():
+            pictures.training_curves(workdir / "curves.png", done.history)
+            _write_sheet(run, workdir)
+        progress.say(
+            f"best validation Dice {done.stopping.best:.4f} in epoch {done.stopping.best_epoch}; "
+            f"curves.png, validation.png, metrics.csv and checkpoints are in {workdir}"
+        )
     return workdir
+
+
+@contextlib.contextmanager
+def _held(workdir: Path) -> Iterator[None]:
+    """Keeps other trainings out of `workdir`, and a folder that nothing was written to away."""
+    if not is_first():
+        yield
+        return
+    lock = workdir / ".lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, wait=False))
+        except OSError as error:
+            raise InputError(
+                f"can't write {workdir} ({error.strerror}): choose another --workdir"
+            ) from error
+        try:
+            yield
+        finally:
+            if [path.name for path in workdir.iterdir()] == [lock.name]:
+                lock.unlink()
+                workdir.rmdir()
+
+
+@contextlib.contextmanager
+def _disk_failure_named(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"can't write {workdir} ({error.strerror or error}): make room, then go on with "
+            "--resume; what was complete is still there"
+        ) from error
+
+
+def _start(
+    run: Run, workdir: Path, saved: TrainingCheckpoints, progress: Progress, *, resume: bool
+) -> tuple[TrainState, Progressed]:
+    """Returns where the run begins, or where it goes on."""
+    state = create_state(run.config, run.variables, run.mesh)
+    restored = saved.restore_latest(_variables(state), _training(state)) if resume else None
+    if restored is None:
+        return state, Progressed()
+    variables, training, description, damages = restored
+    for damage in damages:
+        progress.say(f"{damage}; it is now in {workdir / checkpoints.DAMAGED}")
+    _check_same_split(run, workdir)
+    done = Progressed.from_json(dict(description.progress))
+    steps = f" and {len(done.begun)} steps of the next" if done.begun else ""
+    progress.say(f"resuming behind epoch {done.epochs}{steps}")
+    return state._replace(**variables._asdict(), **training), done
 
 
 def describe(run: Run) -> str:
@@ -279,12 +346,12 @@ class Training(NamedTuple):
     work: DeviceBatches
     """A batch, or a plan of several, at a time."""
     steps: int
-    """Training steps that one call of `step` does."""
+    """Training steps that one call of `step` does; in an epoch that has begun, fewer at first."""
 
 
 @contextlib.contextmanager
 def open_training(run: Run, start_step: int, total_steps: int) -> Iterator[Training]:
-    """Opens the steps from `start_step` up to `total_steps`, both starts of an epoch."""
+    """Opens the steps from `start_step` up to `total_steps`, an epoch's end."""
     config = run.config
     if run.resident is None:
         batches = training_batches(
@@ -297,6 +364,7 @@ def open_training(run: Run, start_step: int, total_steps: int) -> Iterator[Train
             batch_size=config.schedule.batch_size,
             start_step=start_step,
             total_steps=total_steps,
+            shard=shard(),
         )
         work = prefetch_to_device(batches, batch_sharding(run.mesh))
         training = Training(run.steps.train, (), work, steps=1)
@@ -311,6 +379,7 @@ def open_training(run: Run, start_step: int, total_steps: int) -> Iterator[Train
             steps=steps,
             start_step=start_step,
             total_steps=total_steps,
+            shard=shard(),
         )
         sharding = plan_sharding(run.mesh)
         if steps == 1:
@@ -334,26 +403,33 @@ def _steps_per_dispatch(run: Run) -> int:
     return next(n for n in range(at_most, 0, -1) if run.steps_per_epoch % n == 0)
 
 
-def evaluate(run: Run, variables: Variables) -> dict[str, float]:
-    """Returns mean loss and Dice over the validation split, every image counted once."""
+def evaluate(
+    run: Run, variables: Variables, interruption: Interruption | None = None
+) -> dict[str, float]:
+    """Returns mean loss and Dice over the validation split, every image counted once.
+
+    Raises:
+        Interrupted: `interruption` was requested.
+    """
     losses, dices = [], []
-    for metrics, valid in _evaluated_batches(run, variables):
+    for metrics in _evaluated_batches(run, variables):
+        valid = np.asarray(metrics["valid"])
         losses += [float(metrics["loss"])] * int(valid.sum())
         dices += np.asarray(metrics["dice"])[valid].tolist()
+        if interruption and interruption.requested():
+            raise Interrupted
     return {"validation_loss": float(np.mean(losses)), "validation_dice": float(np.mean(dices))}
 
 
-def _evaluated_batches(
-    run: Run, variables: Variables
-) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Yields the metrics of each batch, and which of its images count."""
+def _evaluated_batches(run: Run, variables: Variables) -> Iterator[dict[str, Any]]:
+    """Yields the metrics of each batch."""
     config, batch_size = run.config, run.config.schedule.batch_size
     if run.resident is not None:
-        plan = evaluation_plan(run.split.validation, batch_size)
-        on_device = jax.device_put(plan, plan_sharding(run.mesh))
-        metrics = jax.device_get(run.steps.evaluate_resident(variables, run.resident, on_device))
-        for step, record in enumerate(plan.record):
-            yield {name: values[step] for name, values in metrics.items()}, record >= 0
+        plan = evaluation_plan(run.split.validation, batch_size, shard())
+        plans = prefetch_to_device(iter([plan]), plan_sharding(run.mesh))
+        metrics = jax.device_get(run.steps.evaluate_resident(variables, run.resident, next(plans)))
+        for step in range(len(plan.record)):
+            yield {name: values[step] for name, values in metrics.items()}
         return
     batches = evaluation_batches(
         run.dataset,
@@ -361,99 +437,208 @@ def _evaluated_batches(
         config.data,
         channels=config.model.in_channels,
         batch_size=batch_size,
+        shard=shard(),
     )
     with contextlib.closing(prefetch_to_device(batches, batch_sharding(run.mesh))) as on_device:
         for batch in on_device:
-            yield run.steps.evaluate(variables, batch), np.asarray(batch.valid)
+            yield run.steps.evaluate(variables, batch)
 
 
-def _train_epochs(
-    run: Run,
-    state: TrainState,
-    done: Progressed,
-    saved: TrainingCheckpoints,
-    logs: Logs,
-    progress: Progress,
-    traces: Path | None,
-) -> Progressed:
-    schedule = run.config.schedule
-    total_steps = schedule.epochs * run.steps_per_epoch
-    with (
-        contextlib.closing(logs),
-        open_training(run, int(state.step), total_steps) as opened,
-        traced(opened.step, traces) as step,
-    ):
-        training = opened._replace(step=step)
-        while done.epochs < schedule.epochs and not done.stopping.should_stop(schedule):
-            start = time.perf_counter()
-            state, numbers = _train_epoch(run, state, training, done.epochs + 1, logs, progress)
-            numbers |= evaluate(run, _variables(state))
-            numbers |= {
-                "learning_rate": float(state.learning_rates["main"]),
-                "seconds": time.perf_counter() - start,
-            }
-            state, done = _decide(run, state, done, numbers)
-            saved.save(
-                done.epochs,
-                _variables(state),
-                _training(state),
-                run.description(done.to_json()),
-                numbers["validation_dice"],
-            )
-            logs.epoch(done.history)
-            progress.epoch(numbers, is_best=done.stopping.best_epoch == done.epochs)
-    return done
+class _NonFinite(Exception):  # noqa: N818  It leaves this module as a RunError.
+    """A step was not applied, and the run is to stop."""
 
 
-def _train_epoch(
-    run: Run,
-    state: TrainState,
-    training: Training,
-    epoch: int,
-    logs: Logs,
-    progress: Progress,
-) -> tuple[TrainState, dict[str, float]]:
-    """Runs one epoch's steps, reading metrics one call late so that dispatch never waits."""
-    first_step = (epoch - 1) * run.steps_per_epoch
-    batch_size = run.config.schedule.batch_size
-    pending: collections.deque[dict[str, jax.Array]] = collections.deque()
-    losses: list[float] = []
-    dices: list[float] = []
-    work = training.work
-    waited, start = work.waited_seconds, time.perf_counter()
+@dataclasses.dataclass
+class Underway:
+    """A run on its way: what changes from step to step, and where it is written."""
 
-    def read(bar: Bar) -> None:
-        metrics = jax.device_get(pending.popleft())
-        for loss, dice in zip(*map(np.atleast_1d, (metrics["loss"], metrics["dice"])), strict=True):
-            losses.append(float(loss))
-            dices.append(float(dice))
-            logs.step(first_step + len(losses), losses[-1], dices[-1])
-        elapsed = time.perf_counter() - start
-        bar.show(
-            loss=losses[-1],
-            dice=dices[-1],
-            images_per_second=len(losses) * batch_size / elapsed,
-            waiting=(work.waited_seconds - waited) / elapsed,
+    run: Run
+    workdir: Path
+    state: TrainState
+    done: Progressed
+    saved: TrainingCheckpoints
+    logs: Logs | None
+    """None in all processes but the first."""
+    progress: Progress
+    interruption: Interruption
+
+    def save(self, validation_dice: float | None = None) -> None:
+        """Saves the state in the background, after an epoch or in between."""
+        self.saved.save(
+            self.done.epochs,
+            len(self.done.begun),
+            _variables(self.state),
+            _training(self.state),
+            self.run.description(self.done.to_json()),
+            validation_dice,
         )
 
-    with progress.bar(epoch, run.steps_per_epoch) as bar:
-        for _ in range(run.steps_per_epoch // training.steps):
-            state, metrics = training.step(state, *training.constants, next(work))
+    def count(self, metrics: dict[str, Any]) -> None:
+        """Notes what a call of the step has measured.
+
+        Raises:
+            _NonFinite: One of its steps was not applied, and the run is to stop.
+        """
+        for loss, dice, applied in zip(
+            *(np.atleast_1d(metrics[name]) for name in ("loss", "dice", "applied")), strict=True
+        ):
+            if not applied and self.run.config.schedule.non_finite == "stop":
+                raise _NonFinite
+            self.done.begun.append((float(loss), float(dice)) if applied else None)
+            step = self.done.epochs * self.run.steps_per_epoch + len(self.done.begun)
+            if not applied:
+                self.progress.say(f"step {step} skipped: its loss or gradients are not finite")
+            elif self.logs:
+                self.logs.step(step, float(loss), float(dice))
+
+
+def _train_epochs(underway: Underway, traces: Path | None) -> None:
+    """Trains up to the last epoch.
+
+    Raises:
+        Interrupted: The run was asked to stop, and is saved.
+        RunError: It can't go on.
+    """
+    run, interruption = underway.run, underway.interruption
+    total_steps = run.config.schedule.epochs * run.steps_per_epoch
+    interruption.defer()
+    died_at = None
+    try:
+        while True:
+            try:
+                start_step = int(underway.state.step)
+                with (
+                    open_training(run, start_step, total_steps) as opened,
+                    traced(opened.step, traces) as step,
+                ):
+                    _train_remaining(underway, opened._replace(step=step))
+                return
+            except WorkerDiedError as error:
+                if interruption.noticed:
+                    raise Interrupted from None
+                died_before, died_at = died_at, int(underway.state.step)
+                if died_at == died_before:
+                    raise RunError(
+                        f"data workers keep ending before step {died_at + 1} ({error}): see to "
+                        "their memory, or go on with --resume --data.workers 0"
+                    ) from None
+                underway.progress.say("a data worker ended; starting new ones")
+                traces = None
+    except Interrupted:
+        underway.save()
+        underway.saved.wait()
+        raise Interrupted(
+            f"stopped after step {int(underway.state.step)}, and saved: go on with --resume "
+            f"--workdir {underway.workdir}"
+        ) from None
+    except _NonFinite:
+        raise RunError(_stop_at_non_finite(underway)) from None
+
+
+def _train_remaining(underway: Underway, training: Training) -> None:
+    run, schedule = underway.run, underway.run.config.schedule
+    done = underway.done
+    while done.epochs < schedule.epochs and not done.stopping.should_stop(schedule):
+        start = time.perf_counter()
+        numbers = _train_epoch(underway, training)
+        numbers |= evaluate(run, _variables(underway.state), underway.interruption)
+        numbers |= {
+            "learning_rate": float(underway.state.learning_rates["main"]),
+            "seconds": time.perf_counter() - start,
+        }
+        underway.state, done = _decide(run, underway.state, done, numbers)
+        underway.done = done
+        underway.save(numbers["validation_dice"])
+        if underway.logs:
+            underway.logs.epoch(done.history)
+        underway.progress.epoch(numbers, is_best=done.stopping.best_epoch == done.epochs)
+
+
+def _train_epoch(underway: Underway, training: Training) -> dict[str, float]:
+    """Runs an epoch's steps, reading metrics one call late so that dispatch never waits."""
+    run, done, work = underway.run, underway.done, training.work
+    batch_size = run.config.schedule.batch_size
+    epoch = done.epochs + 1
+    begun_before = len(done.begun)
+    pending: collections.deque[dict[str, jax.Array]] = collections.deque()
+    waited, start = work.waited_seconds, time.perf_counter()
+
+    def rates() -> dict[str, float]:
+        elapsed = time.perf_counter() - start
+        return {
+            "images_per_second": (len(done.begun) - begun_before) * batch_size / elapsed,
+            "waiting": (work.waited_seconds - waited) / elapsed,
+        }
+
+    def read(bar: Bar) -> None:
+        steps_before = len(done.begun)
+        underway.count(jax.device_get(pending.popleft()))
+        bar.advance(len(done.begun) - steps_before)
+        if last := done.begun[-1]:
+            bar.show(loss=last[0], dice=last[1], **rates())
+
+    with underway.progress.bar(epoch, run.steps_per_epoch, begun_before) as bar:
+        dispatched = begun_before
+        while dispatched < run.steps_per_epoch:
+            underway.state, metrics = training.step(underway.state, *training.constants, next(work))
+            dispatched += metrics["loss"].size
             pending.append(metrics)
-            bar.advance(training.steps)
             if len(pending) > 1:
                 read(bar)
+            if underway.interruption.requested():
+                break
         while pending:
             read(bar)
-    elapsed = time.perf_counter() - start
-    return state, {
+    if dispatched < run.steps_per_epoch:
+        raise Interrupted
+    measured = [step for step in done.begun if step]
+    if not measured:
+        raise RunError(
+            f"no step of epoch {epoch} had a finite loss and gradients: train with a smaller "
+            "--optimizer.learning-rate, in another --workdir"
+        )
+    losses, dices = zip(*measured, strict=True)
+    return {
         "epoch": epoch,
-        "step": first_step + run.steps_per_epoch,
+        "step": epoch * run.steps_per_epoch,
         "train_loss": float(np.mean(losses)),
         "train_dice": float(np.mean(dices)),
-        "images_per_second": run.steps_per_epoch * batch_size / elapsed,
-        "waiting": (work.waited_seconds - waited) / elapsed,
+        "skipped": len(done.begun) - len(measured),
+        **rates(),
     }
+
+
+def _stop_at_non_finite(underway: Underway) -> str:
+    """Saves the state before the step that was not applied, and its batch; returns a report."""
+    run = underway.run
+    underway.state = underway.state._replace(halted=jnp.zeros_like(underway.state.halted))
+    underway.save()
+    underway.saved.wait()
+    step = int(underway.state.step)
+    batches = training_batches(
+        run.dataset,
+        run.split.train,
+        dataclasses.replace(run.config.data, workers=0),
+        run.config.augmentation,
+        channels=run.config.model.in_channels,
+        seed=run.config.seed,
+        batch_size=run.config.schedule.batch_size,
+        start_step=step,
+        total_steps=step + 1,
+    )
+    with contextlib.closing(batches):
+        batch = next(batches)
+    names = [run.dataset.names[record] for record in batch.record]
+    path = underway.workdir / "non_finite" / f"step_{step + 1}.npz"
+    if is_first():
+        content = io.BytesIO()
+        np.savez(content, image=batch.image, mask=batch.mask, name=names)
+        write_atomically(path, content.getvalue())
+    return (
+        f"loss or gradients of step {step + 1} are not finite; the state before it is saved, its "
+        f"batch is {path} ({', '.join(names)}): train with a smaller --optimizer.learning-rate in "
+        "another --workdir, or leave such steps out with --resume --schedule.non-finite skip"
+    )
 
 
 def _decide(

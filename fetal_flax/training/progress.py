@@ -2,14 +2,17 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import rich.console
 import rich.progress
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from fetal_flax.files import csv_bytes, write_atomically
 
@@ -21,15 +24,20 @@ TRACED_CALLS = range(2, 5)
 """Calls of the step that a profile shows; the first compiles."""
 
 
+FLUSH_SECONDS = 30
+"""How old what TensorBoard sees may be."""
+
+
 class Progress:
     """Progress bars with loss, Dice, images per second and the share spent waiting for input.
 
     Args:
         epochs: Epochs of the whole run.
+        quiet: Print nothing, as of several processes all but the first do.
     """
 
-    def __init__(self, epochs: int):
-        self.console = rich.console.Console()
+    def __init__(self, epochs: int, *, quiet: bool = False):
+        self.console = rich.console.Console(quiet=quiet)
         self._epochs = epochs
 
     def say(self, text: str) -> None:
@@ -37,8 +45,8 @@ class Progress:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
-    def bar(self, epoch: int, steps: int) -> Iterator["Bar"]:
-        """Shows a bar for one epoch's training steps; gone when they are done."""
+    def bar(self, epoch: int, steps: int, done: int = 0) -> Iterator["Bar"]:
+        """Shows a bar for one epoch's training steps, `done` of them before; gone at the end."""
         columns = (
             rich.progress.TextColumn(f"epoch {epoch}/{self._epochs}"),
             rich.progress.BarColumn(),
@@ -50,7 +58,7 @@ class Progress:
         with rich.progress.Progress(
             *columns, console=self.console, transient=True, disable=not self.console.is_terminal
         ) as progress:
-            yield Bar(progress, progress.add_task("", total=steps, numbers=""))
+            yield Bar(progress, progress.add_task("", total=steps, completed=done, numbers=""))
 
     def epoch(self, numbers: Epoch, *, is_best: bool) -> None:
         """Prints an epoch's line."""
@@ -77,7 +85,7 @@ class Bar:
         self._task = task
 
     def advance(self, steps: int) -> None:
-        """Counts steps that were dispatched."""
+        """Counts steps that are done."""
         self._progress.advance(self._task, steps)
 
     def show(self, *, loss: float, dice: float, images_per_second: float, waiting: float) -> None:
@@ -128,29 +136,53 @@ class Logs:
         workdir: The run's folder.
         next_step: The step that the run goes on with; a resumed run replaces what an interrupted
             one logged from there on.
+        history: The epochs that are complete, which an interrupted run may not have got into the
+            CSV.
+
+    Raises:
+        OSError: The event file can't be written.
+        InputError: The CSV can't be written.
     """
 
-    def __init__(self, workdir: Path, next_step: int):
+    def __init__(self, workdir: Path, next_step: int, history: Sequence[Epoch]):
         self._csv = workdir / "metrics.csv"
-        self._writer = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=next_step
-        )
+        self._flush_at = 0.0
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # Not through SummaryWriter: where its thread can't write, the run would wait for ever.
+        self._events = EventsWriter(str(folder / "events"))
+        self._write(Event(step=next_step, session_log=SessionLog(status=SessionLog.START)))
+        self._write_csv(history)
 
     def step(self, step: int, loss: float, dice: float) -> None:
         """Logs one training step."""
-        self._writer.add_scalar("step/train_loss", loss, step)
-        self._writer.add_scalar("step/train_dice", dice, step)
+        self._scalar("step/train_loss", loss, step)
+        self._scalar("step/train_dice", dice, step)
+        if time.monotonic() > self._flush_at:
+            self._events.flush()
+            self._flush_at = time.monotonic() + FLUSH_SECONDS
 
-    def epoch(self, history: list[dict[str, float]]) -> None:
+    def epoch(self, history: Sequence[Epoch]) -> None:
         """Logs the last epoch; the CSV is written anew, so that it holds each epoch once."""
         last = history[-1]
         for name, value in last.items():
             if name not in ("epoch", "step"):
-                self._writer.add_scalar(f"epoch/{name}", value, int(last["step"]))
-        self._writer.flush()
-        rows = [list(last), *(list(epoch.values()) for epoch in history)]
-        write_atomically(self._csv, csv_bytes(rows))
+                self._scalar(f"epoch/{name}", value, int(last["step"]))
+        self._events.flush()
+        self._write_csv(history)
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._writer.close()
+        self._events.close()
+
+    def _scalar(self, name: str, value: float, step: int) -> None:
+        self._write(Event(step=step, summary=scalar(name, value)))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+
+    def _write_csv(self, history: Sequence[Epoch]) -> None:
+        if history:
+            rows = [list(history[-1]), *(list(epoch.values()) for epoch in history)]
+            write_atomically(self._csv, csv_bytes(rows))

@@ -14,7 +14,9 @@ BATCH_AXIS = "batch"
 
 def create_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a one-dimensional mesh over `devices`, or over all there are."""
-    return Mesh(np.asarray(devices or jax.devices()), (BATCH_AXIS,))
+    # In the processes' order, so that each one's rows of a batch are neighbours.
+    ordered = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.asarray(devices or ordered), (BATCH_AXIS,))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -42,6 +42,9 @@ class TrainState(NamedTuple):
     batch_stats: Arrays
     opt_state: optax.OptState
     learning_rates: Arrays
+    halted: Array
+    """Whether a step before had a loss or gradients that are not finite, and the run shall stop:
+    then no step changes anything, until the host has noticed."""
 
 
 class Backward(NamedTuple):
@@ -84,6 +87,7 @@ def create_state(config: TrainConfig, variables: Variables, mesh: Mesh) -> Train
             group: jnp.asarray(rate, dtype)
             for group, rate in initial_learning_rates(config).items()
         },
+        halted=jnp.zeros((), bool),
     )
     # Copied, because the state is donated and the caller may keep the variables. With several
     # devices, device_put aliases the copy on the first one even if told not to.
@@ -100,9 +104,12 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
 
     Returns:
         `train(state, batch)`, which consumes the state and returns the next one with `loss` and
-        `dice` of the batch, and `evaluate(variables, batch)`, which returns the `loss` over the
-        valid images and `dice` per image; and both over images that are on the devices.
+        `dice` of the batch and whether it was `applied`, and `evaluate(variables, batch)`, which
+        returns the `loss` over the valid images, `dice` per image and which are `valid`; and both
+        over images that are on the devices. A step whose loss or gradients are not finite is not
+        applied (`schedule.non_finite`).
     """
+    skip = config.schedule.non_finite == "skip"
     labels = _labels(config)
     optimizer = create_optimizer(config.optimizer, labels)
     backward = create_backward(config, pos_weight)
@@ -121,17 +128,31 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
         # Frozen arrays pass by untouched: adding a zero update would turn -0.0 into 0.0.
         updates = cast(Arrays, updates)
         learning = {name: state.params[name] + updates[name] for name in gradients}
+        finite = jax.tree.reduce(
+            jnp.logical_and, jax.tree.map(lambda a: jnp.isfinite(a).all(), (loss, gradients))
+        )
+        applied = finite & ~state.halted
+        learning, batch_stats, opt_state = jax.tree.map(
+            lambda after, before: jnp.where(applied, after, before),
+            (learning, batch_stats, opt_state),
+            ({name: state.params[name] for name in learning}, state.batch_stats, state.opt_state),
+        )
         next_state = TrainState(
-            state.step + 1, learning | frozen, batch_stats, opt_state, state.learning_rates
+            state.step + jnp.where(skip | applied, 1, 0),
+            learning | frozen,
+            batch_stats,
+            opt_state,
+            state.learning_rates,
+            state.halted if skip else ~applied,
         )
         dice = losses.hard_dice(logits, jnp.asarray(batch.mask, logits.dtype))
-        return next_state, {"loss": loss, "dice": dice.mean()}
+        return next_state, {"loss": loss, "dice": dice.mean(), "applied": applied}
 
     def evaluate(variables: Variables, batch: Batch) -> Metrics:
         images, masks, valid = _to_float(batch, _dtype(variables.params))
         logits, _ = functional.apply(config.model, variables, images)
         loss = losses.dice_bce_loss(logits, masks, valid, config=config.loss, pos_weight=pos_weight)
-        return {"loss": loss, "dice": losses.hard_dice(logits, masks)}
+        return {"loss": loss, "dice": losses.hard_dice(logits, masks), "valid": valid}
 
     whole, split, planned = replicated(mesh), batch_sharding(mesh), plan_sharding(mesh)
 
@@ -150,7 +171,8 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
     def evaluate_resident(variables: Variables, resident: Resident, plan: Plan) -> Metrics:
         return jax.lax.map(lambda step: evaluate(variables, batch_of(resident, step)), plan)
 
-    jit = functools.partial(jax.jit, compiler_options=compiler_options())
+    options = compiler_options(deterministic=config.deterministic)
+    jit = functools.partial(jax.jit, compiler_options=options)
     trained = {"out_shardings": (whole, whole), "donate_argnums": 0}
     return Steps(
         jit(train, in_shardings=(whole, split), **trained),
