@@ -102,21 +102,22 @@ class TrainingCheckpoints:
     def save(
         self,
         epochs: int,
-        begun: int,
         variables: Variables,
         training: Any,
         description: Description,
         validation_dice: float | None,
+        *,
+        begun: int = 0,
     ) -> None:
         """Saves in the background; the arrays may be donated as soon as this returns.
 
         Args:
             epochs: Complete epochs.
-            begun: Steps done of the next.
             variables: Parameters and batch statistics.
             training: The rest of the training state.
             description: What it is.
             validation_dice: After a complete epoch; None in between.
+            begun: Steps done of the next epoch.
 
         Raises:
             OSError: It can't be written, or the one before couldn't.
@@ -314,8 +315,9 @@ def _write_failure_named() -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        if any(os.strerror(code) in str(error) for code in _DISK_ERRORS):
-            raise OSError(str(error).splitlines()[0]) from error
+        for code in _DISK_ERRORS:
+            if os.strerror(code) in str(error):
+                raise OSError(code, os.strerror(code)) from error
         raise
 
 
@@ -339,9 +341,9 @@ def _restore(
             number, args=ocp.args.Composite(**arguments, description=ocp.args.JsonRestore())
         )
         values = dict(restored["description"])
-        digests = values.pop("sha256", None)
+        digests = values.pop("sha256", {})
         # Before the format is judged, lest a flipped digit passes for a newer version.
-        if digests is not None and digests["description"] != _digest_of_json(values):
+        if digests and digests["description"] != _digest_of_json(values):
             raise ValueError("its description is not what was saved")
         description = _from_json(values, str(directory))
         items = {name: restored[name] for name in abstract}
@@ -355,7 +357,8 @@ def _digest_of_arrays(tree: Any) -> str:
     """Returns the SHA-256 of names, types, shapes and values; the arrays are whole on each host."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(jax.device_get(leaf))
+        # Read through an object of its own: what JAX has read once it doesn't donate.
+        array = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()

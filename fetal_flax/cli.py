@@ -359,9 +359,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         to stop and can be resumed, all with a sentence on stderr; 130 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # Orbax and Grain warn of their own settings, which no user can act on; OpenCV of broken files,
-    # which our own sentences name.
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    # Orbax and Grain warn of their own settings, which no user can act on, and log errors that they
+    # raise as well; OpenCV warns of broken files, which our own sentences name.
+    absl.logging.set_verbosity(absl.logging.FATAL)
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     name = next((name for name in COMMANDS if arguments[: name.count(" ") + 1] == name.split()), "")
     if not name:

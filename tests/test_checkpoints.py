@@ -53,7 +53,9 @@ def _abstract(tree: Any, sharding: Sharding) -> Any:
 
 
 def _epochs(workdir: Path) -> set[int]:
-    return {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
+    folders = [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    assert all(int(name) % checkpoints.PER_EPOCH == 0 for name in folders)
+    return {int(name) // checkpoints.PER_EPOCH for name in folders}
 
 
 def _train(workdir: Path, dices: list[float]) -> None:
@@ -118,7 +120,8 @@ def test_training_resumes_from_the_last_epoch_not_the_best(tmp_path):
     restored = saved.restore_latest(_abstract(functional.shapes(MODEL), device), {"step": step})
     saved.close()
     assert restored is not None
-    variables, training, description = restored
+    variables, training, description, damages = restored
+    assert not damages
     assert (int(training["step"]), description.progress) == (3, {"epoch": 3})
     assert float(variables.params["head/bias"][0]) == 3
 
@@ -150,11 +153,12 @@ def test_training_goes_on_with_other_devices(variables, tmp_path, devices_before
     )
     saved.close()
     assert restored is not None
-    variables, training, description = restored
-    back = type(state)(**variables._asdict(), **training)
+    variables, training, description, _ = restored
+    back = state._replace(**variables._asdict(), **training)
     assert _bytes(back) == expected
     assert jax.tree.structure(back) == jax.tree.structure(state)
-    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(back))
+    restored = jax.tree.leaves((variables, training))
+    assert all(leaf.sharding == sharding for leaf in restored)
     assert description == DESCRIPTION
 
 

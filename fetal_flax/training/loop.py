@@ -71,6 +71,7 @@ from fetal_flax.training.sharding import (
     check_batch_size,
     create_mesh,
     plan_sharding,
+    replicate,
     replicated,
 )
 from fetal_flax.training.step import Steps, TrainState, create_state, create_steps
@@ -466,11 +467,11 @@ class Underway:
         """Saves the state in the background, after an epoch or in between."""
         self.saved.save(
             self.done.epochs,
-            len(self.done.begun),
             _variables(self.state),
             _training(self.state),
             self.run.description(self.done.to_json()),
             validation_dice,
+            begun=len(self.done.begun),
         )
 
     def count(self, metrics: dict[str, Any]) -> None:
@@ -611,7 +612,7 @@ def _train_epoch(underway: Underway, training: Training) -> dict[str, float]:
 def _stop_at_non_finite(underway: Underway) -> str:
     """Saves the state before the step that was not applied, and its batch; returns a report."""
     run = underway.run
-    underway.state = underway.state._replace(halted=jnp.zeros_like(underway.state.halted))
+    underway.state = underway.state._replace(halted=replicate(jnp.zeros((), bool), run.mesh))
     underway.save()
     underway.saved.wait()
     step = int(underway.state.step)
@@ -648,10 +649,9 @@ def _decide(
     dice = numbers["validation_dice"]
     rates = {group: float(rate) for group, rate in state.learning_rates.items()}
     plateau, rates = done.plateau.update(dice, rates, run.config.schedule)
-    learning_rates = {
-        group: jax.device_put(jnp.asarray(rate, jnp.float32), replicated(run.mesh))
-        for group, rate in rates.items()
-    }
+    learning_rates = replicate(
+        {group: jnp.asarray(rate, jnp.float32) for group, rate in rates.items()}, run.mesh
+    )
     stopping = done.stopping.update(dice, int(numbers["epoch"]))
     return (
         state._replace(learning_rates=learning_rates),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -32,6 +33,21 @@ def plan_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that keeps a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Returns arrays that are new, whole on every device of the mesh, and may be donated.
+
+    With several processes, each must have the same values.
+    """
+    sharding = replicated(mesh)
+    if jax.process_count() > 1:
+        return jax.tree.map(
+            lambda a: jax.make_array_from_process_local_data(sharding, np.array(a)), tree
+        )
+    # Copied, because the caller may keep the arrays. With several devices, device_put aliases the
+    # one on the first even if told not to.
+    return jax.device_put(jax.tree.map(jnp.copy, tree), sharding)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:

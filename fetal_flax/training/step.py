@@ -29,7 +29,7 @@ from fetal_flax.training.optimizer import (
     initial_learning_rates,
     label_parameters,
 )
-from fetal_flax.training.sharding import batch_sharding, plan_sharding, replicated
+from fetal_flax.training.sharding import batch_sharding, plan_sharding, replicate, replicated
 
 Metrics = dict[str, Array]
 
@@ -89,9 +89,7 @@ def create_state(config: TrainConfig, variables: Variables, mesh: Mesh) -> Train
         },
         halted=jnp.zeros((), bool),
     )
-    # Copied, because the state is donated and the caller may keep the variables. With several
-    # devices, device_put aliases the copy on the first one even if told not to.
-    return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))
+    return replicate(state, mesh)
 
 
 def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:

@@ -395,7 +395,7 @@ def test_a_damaged_checkpoint_is_named(refused, converted, folder):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     printed = refused("--source", "unet", "--to-torch", output="b.pth")
-    assert "unet/checkpoints is damaged" in printed
+    assert "unet/checkpoints/0 is damaged" in printed
 
 
 def test_channels_are_for_the_way_there(refused, converted):

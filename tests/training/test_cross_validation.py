@@ -1,9 +1,11 @@
 """Cross-validation: every image is held out once, and what is done is not done again."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ from fetal_flax.training.cross_validation import cross_validate, with_fold
 COUNT, FOLDS = 20, 2
 
 
-def small_config(cache_dir: Path, **schedule) -> TrainConfig:
+def small_config(cache_dir: Path, **schedule: Any) -> TrainConfig:
     return TrainConfig(
         name="small",
         model=ModelConfig(name="unet", base_width=4),
@@ -31,7 +33,7 @@ def small_config(cache_dir: Path, **schedule) -> TrainConfig:
             phantom_size=(64, 96),
             workers=0,
         ),
-        schedule=ScheduleConfig(**{"epochs": 1, "batch_size": 8} | schedule),
+        schedule=dataclasses.replace(ScheduleConfig(epochs=1, batch_size=8), **schedule),
     )
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 TIMINGS = {"seconds", "images_per_second", "waiting"}
 
 
-def small_config(cache_dir: Path, **schedule) -> TrainConfig:
+def small_config(cache_dir: Path, **schedule: Any) -> TrainConfig:
     return TrainConfig(
         name="small",
         model=ModelConfig(name="unet", base_width=4),
@@ -44,7 +45,7 @@ def small_config(cache_dir: Path, **schedule) -> TrainConfig:
             phantom_size=(64, 96),
             workers=0,
         ),
-        schedule=ScheduleConfig(**{"epochs": 2, "batch_size": 8} | schedule),
+        schedule=dataclasses.replace(ScheduleConfig(epochs=2, batch_size=8), **schedule),
     )
 
 
