@@ -11,7 +11,7 @@ import jax
 import rich.console
 import rich.progress
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 from tensorboardX.summary import scalar
 
 from fetal_flax.files import csv_bytes, write_atomically

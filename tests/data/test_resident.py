@@ -75,22 +75,21 @@ def test_batches_are_those_of_the_host(dataset, resident, augmentation, channels
 
 def test_plans_of_any_length_and_start_take_the_same(dataset, resident):
     order = pipeline.TrainingOrder((0, 2, 3, 5), MOVING, seed=1, batch_size=2)
-    plans = [
-        Plan(*map(np.concatenate, zip(*training_plans(order, SIZE, **range_), strict=True)))
-        for range_ in (
-            {"steps": 1, "start_step": 4, "total_steps": 8},
-            {"steps": 2, "start_step": 4, "total_steps": 8},
-            {"steps": 4, "start_step": 4, "total_steps": 8},
+
+    def plan(steps: int, start: int, shard: tuple[int, int] = (0, 1)) -> Plan:
+        plans = training_plans(
+            order, SIZE, steps=steps, start_step=start, total_steps=8, shard=shard
         )
-    ]
-    whole = Plan(
-        *(
-            array[4:]
-            for array in next(training_plans(order, SIZE, steps=8, start_step=0, total_steps=8))
-        )
-    )
-    for plan in plans:
-        jax.tree.map(np.testing.assert_array_equal, plan, whole)
+        return Plan(*map(np.concatenate, zip(*plans, strict=True)))
+
+    whole = plan(8, 0)
+    for start in (0, 3, 4, 5):
+        for steps in (1, 2, 4):
+            rest = jax.tree.map(lambda array, start=start: array[start:], whole)
+            jax.tree.map(np.testing.assert_array_equal, plan(steps, start), rest)
+    shares = [plan(4, 0, (position, 2)) for position in range(2)]
+    together = jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *shares)
+    jax.tree.map(np.testing.assert_array_equal, together, whole)
     assert set(whole.record.ravel().tolist()) <= {0, 2, 3, 5}
 
 

@@ -1,0 +1,481 @@
+"""Faults of every kind against real trainings: does each end as the undisturbed run does?
+
+    python reliability/faults.py --output faults.md
+
+Each fault hits a training of its own process; then the training is resumed, hit again, and in the
+end let through. A run is lost if it can't be resumed, and changed if any metric or any bit of its
+last checkpoint differs from the undisturbed run's. Needs Linux; full and read-only disks need root,
+for a small tmpfs. docs/reliability.md has the table of a whole campaign.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+TIMINGS = {"seconds", "images_per_second", "waiting"}
+PHASES = ("start", "step", "validation", "saving")
+INTERRUPTED = 75
+PATIENCE = 600
+"""Seconds after which a process counts as hanging."""
+CONFIGS = {
+    "small": """
+from fetal_flax.config import *
+def config():
+    return TrainConfig(
+        name="small", model=ModelConfig(name="unet", base_width=4),
+        encoder=EncoderConfig(weights="none"),
+        data=DataConfig(dataset="fetal_phantom", cache_dir={cache!r}, image_size=(32, 32),
+                        phantom_count=60, phantom_size=(64, 96), workers=0),
+        schedule=ScheduleConfig(epochs={epochs}, batch_size=4),
+    )
+""",
+    "described": """
+from fetal_flax.config import *
+def config():
+    return TrainConfig(
+        name="described", encoder=EncoderConfig(weights="none"),
+        data=DataConfig(dataset="fetal_phantom", cache_dir={cache!r}, image_size=(32, 32),
+                        phantom_count=60, phantom_size=(64, 96), workers=0),
+        schedule=ScheduleConfig(epochs={epochs}, batch_size=8),
+    )
+""",
+}
+
+
+def child(arguments: list[str]) -> int:
+    """Trains as `fetal-flax train` does, and says on stdout which phase it enters."""
+    from fetal_flax import checkpoints, cli
+    from fetal_flax.training import loop
+
+    def announced(phase: str, function: Callable) -> Callable:
+        def call(*positional: Any, **keywords: Any) -> Any:
+            print(f"PHASE {phase}", flush=True)
+            return function(*positional, **keywords)
+
+        return call
+
+    loop.Underway.count = announced("step", loop.Underway.count)
+    loop.evaluate = announced("validation", loop.evaluate)
+    checkpoints.TrainingCheckpoints.save = announced("saving", checkpoints.TrainingCheckpoints.save)
+    loop.prepare = announced("start", loop.prepare)
+    return cli.main(["train", *arguments])
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a process ended."""
+
+    code: int
+    output: str
+    seconds: float
+    """From the fault to the end."""
+
+    @property
+    def named(self) -> bool:
+        """Whether it says what happened in a sentence and shows no traceback."""
+        return "fetal-flax train: " in self.output and "Traceback" not in self.output
+
+
+@dataclasses.dataclass
+class Row:
+    """One line of the table."""
+
+    fault: str
+    faults: int = 0
+    runs: int = 0
+    lost: int = 0
+    changed: int = 0
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+class Campaign:
+    """Trainings in a folder, and the undisturbed ones that they are compared with."""
+
+    def __init__(self, folder: Path, seed: int, epochs: int):
+        self.folder = folder
+        self.seed = seed
+        for name, text in CONFIGS.items():
+            cache = str(folder / "cache")
+            (folder / f"{name}.py").write_text(text.format(cache=cache, epochs=epochs))
+
+    def start(self, config: str, workdir: Path, *flags: str, **environment: str) -> "Process":
+        """Starts a training, or goes on with the one that has begun in `workdir`."""
+        command = [sys.executable, __file__, "--child", "--workdir", str(workdir), *flags]
+        begun = (workdir / "config.json").exists()
+        command += ["--resume"] if begun else ["--config", str(self.folder / f"{config}.py")]
+        return Process(command, environment)
+
+    def undisturbed(self, config: str) -> Path:
+        """Returns the workdir of the run that nothing disturbs, after it has run."""
+        workdir = self.folder / f"undisturbed-{config}"
+        if not workdir.exists():
+            ended = self.start(config, workdir).wait()
+            if ended.code:
+                raise SystemExit(f"the undisturbed run failed:\n{ended.output}")
+        return workdir
+
+    def judge(self, row: Row, config: str, workdir: Path, ended: Ended) -> None:
+        """Counts a run that has been let through, and removes it if nothing is wrong."""
+        row.runs += 1
+        if ended.code:
+            row.lost += 1
+            row.notes.append(f"{workdir.name} ended with {ended.code}: {ended.output[-300:]}")
+        elif result(workdir) != result(self.undisturbed(config)):
+            row.changed += 1
+            row.notes.append(f"{workdir.name} differs")
+        else:
+            shutil.rmtree(workdir)
+
+    def random(self, name: str) -> random.Random:
+        """Returns random numbers of their own for a part of the campaign."""
+        return random.Random(f"{self.seed} {name}")
+
+
+class Process:
+    """A training under way, followed through what it prints."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]):
+        environment = {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | environment
+        self._process = subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.pid = self._process.pid
+        self._lines: list[str] = []
+        self._printed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._hit_at = time.monotonic()
+
+    def reach(self, phase: str, times: int = 1) -> bool:
+        """Waits for a phase; False if the process ends before."""
+
+        def done() -> bool:
+            return self._lines.count(f"PHASE {phase}\n") >= times or not self._reader.is_alive()
+
+        with self._printed:
+            if not self._printed.wait_for(done, PATIENCE):
+                self._process.kill()
+        return self._process.poll() is None
+
+    def hit(self, number: int) -> None:
+        """Sends a signal; 0 sends none, and only starts the clock."""
+        self._hit_at = time.monotonic()
+        self._process.send_signal(number)
+
+    def wait(self) -> Ended:
+        """Waits for the end."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(PATIENCE)
+        seconds = time.monotonic() - self._hit_at
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        lines = [line for line in self._lines if not line.startswith("PHASE ")]
+        return Ended(self._process.returncode, "".join(lines), seconds)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with self._printed:
+                self._lines.append(line)
+                self._printed.notify_all()
+        with self._printed:
+            self._printed.notify_all()
+
+
+def result(workdir: Path) -> Any:
+    """Returns all metrics of a run but times, and the digests of its last state."""
+    with (workdir / "metrics.csv").open(newline="") as file:
+        rows = [
+            {name: value for name, value in row.items() if name not in TIMINGS}
+            for row in csv.DictReader(file)
+        ]
+    description = json.loads((latest(workdir) / "description" / "metadata").read_text())
+    digests = description["sha256"]
+    return rows, digests["variables"], digests["training"]
+
+
+def latest(workdir: Path) -> Path:
+    """Returns the folder of a run's last checkpoint."""
+    folders = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    return max(folders, key=lambda path: int(path.name))
+
+
+def signals(
+    campaign: Campaign, config: str, number: signal.Signals, faults: int, per_run: int, jobs: int
+) -> list[Row]:
+    """Hits runs with a signal in every phase, `per_run` times each."""
+    rows = {phase: Row(f"{number.name} in {phase}, {config} network") for phase in PHASES}
+    longest = 0.0
+    lock = threading.Lock()
+
+    def one_run(index: int) -> None:
+        nonlocal longest
+        workdir = campaign.folder / f"{number.name}-{config}-{index}"
+        rng = campaign.random(workdir.name)
+        hit: list[str] = []
+        for fault in range(per_run):
+            phase = PHASES[(index * per_run + fault) % len(PHASES)]
+            process = campaign.start(config, workdir)
+            if process.reach(phase, 1 if phase == "start" else rng.randint(1, 3)):
+                time.sleep(rng.uniform(0, 0.25))
+                process.hit(number)
+            ended = process.wait()
+            expected = -number if number == signal.SIGKILL else INTERRUPTED
+            if ended.code != expected:
+                # The run was over before the signal came, or the signal was not answered.
+                assert ended.code == 0, f"{phase}: {ended.code} {ended.output}"
+                break
+            hit.append(phase)
+            longest = max(longest, ended.seconds)
+        ended = campaign.start(config, workdir).wait()
+        with lock:
+            for phase in hit:
+                rows[phase].faults += 1
+            campaign.judge(rows[hit[-1]] if hit else rows["step"], config, workdir, ended)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one_run, range(-(-faults // per_run))))
+    if number != signal.SIGKILL:
+        rows["step"].notes.append(f"at most {longest:.1f} s from signal to exit with {INTERRUPTED}")
+    return list(rows.values())
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Callable[[str], None]]:
+    """Mounts a tmpfs, and yields a function that changes its options."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], check=True)
+
+    def remount(options: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+    try:
+        yield remount
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+        folder.rmdir()
+
+
+def full_disk(campaign: Campaign, count: int) -> Row:
+    """Lets the disk fill up at ever later writes, then makes room and goes on."""
+    row = Row("disk full")
+    pages = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 384, 512, 768, 1024, 1200]
+    codes = set()
+    for number in pages[:: -(-len(pages) // count)]:
+        disk = campaign.folder / "disk"
+        workdir = disk / "run"
+        with small_disk(disk) as remount:
+            remount(f"size={4 * number}k")
+            ended = campaign.start("small", workdir).wait()
+            codes.add(ended.code)
+            row.faults += ended.code != 0
+            if ended.code and not ended.named:
+                row.notes.append(f"{4 * number} KB: {ended.code} {ended.output[-500:]}")
+            remount("size=1g")
+            campaign.judge(row, "small", workdir, campaign.start("small", workdir).wait())
+    row.notes.append(f"exit codes {sorted(codes)}, each with a sentence")
+    return row
+
+
+def read_only_disk(campaign: Campaign) -> Row:
+    """Takes the right to write away, before a run and in the middle of one."""
+    row = Row("disk read-only")
+    disk = campaign.folder / "disk"
+    with small_disk(disk) as remount:
+        remount("ro")
+        ended = campaign.start("small", disk / "run").wait()
+        row.faults += 1
+        row.notes.append(f"before the start: exit code {ended.code}")
+        if not ended.named or list(disk.iterdir()):
+            row.notes.append(ended.output)
+        remount("rw")
+        campaign.judge(row, "small", disk / "run", campaign.start("small", disk / "run").wait())
+    return row
+
+
+def damage(campaign: Campaign, count: int, jobs: int) -> list[Row]:
+    """Truncates a file of the last checkpoint, or flips a byte in it, and goes on."""
+    rows = {kind: Row(f"checkpoint file {kind}") for kind in ("truncated", "with a byte flipped")}
+    origin = campaign.folder / "origin"
+    process = campaign.start("small", origin)
+    process.reach("saving", 4)
+    process.hit(signal.SIGTERM)
+    assert process.wait().code == INTERRUPTED
+    lock = threading.Lock()
+    noticed = dict.fromkeys(rows, 0)
+
+    def one(index: int) -> None:
+        kind = list(rows)[index % 2]
+        workdir = campaign.folder / f"damaged-{index}"
+        rng = campaign.random(workdir.name)
+        shutil.copytree(origin, workdir)
+        files = sorted(p for p in latest(workdir).rglob("*") if p.is_file() and p.stat().st_size)
+        # Large files first: most bytes are in them.
+        file = rng.choices(files, [path.stat().st_size ** 0.5 for path in files])[0]
+        content = bytearray(file.read_bytes())
+        position = rng.randrange(len(content))
+        if kind == "truncated":
+            del content[position:]
+        else:
+            content[position] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+        ended = campaign.start("small", workdir).wait()
+        with lock:
+            rows[kind].faults += 1
+            noticed[kind] += " is damaged " in ended.output
+            if ended.code:
+                rows[kind].notes.append(f"{file.relative_to(workdir)} at {position}")
+            campaign.judge(rows[kind], "small", workdir, ended)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, range(count)))
+    for kind, row in rows.items():
+        row.notes.append(
+            f"{noticed[kind]} noticed, the rest in what is read over or what is not read"
+        )
+    return list(rows.values())
+
+
+def killed_worker(campaign: Campaign, count: int) -> Row:
+    """Kills the data worker of a run, which has to go on by itself."""
+    row = Row("data worker killed")
+    for index in range(count):
+        workdir = campaign.folder / f"worker-{index}"
+        process = campaign.start("small", workdir, "--data.workers", "1")
+        if process.reach("step", 3 + index):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            for pid in children:
+                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(int(pid), signal.SIGKILL)
+                    row.faults += 1
+        ended = process.wait()
+        if "starting new ones" in ended.output:
+            row.notes.append("new ones started")
+        campaign.judge(row, "small", workdir, ended)
+    row.notes = [f"{len(row.notes)} times new ones were started; else all batches were there"]
+    return row
+
+
+def killed_process(campaign: Campaign, count: int) -> Row:
+    """Kills one of two processes that train together; the other one has to end, too."""
+    row = Row("one of two processes killed")
+    reference = campaign.folder / "undisturbed-two"
+    waited = []
+
+    def two(workdir: Path) -> list[Process]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            coordinator = f"localhost:{free.getsockname()[1]}"
+        flags = ("--distributed", "--coordinator", coordinator, "--process-count", "2")
+        return [
+            campaign.start("small", workdir, *flags, "--process-id", id_, JAX_NUM_CPU_DEVICES="1")
+            for id_ in ("0", "1")
+        ]
+
+    for process in two(reference):
+        assert process.wait().code == 0
+    for index in range(count):
+        workdir = campaign.folder / f"two-{index}"
+        processes = two(workdir)
+        processes[0].reach("step", 5)
+        for position, process in enumerate(processes):
+            process.hit(signal.SIGKILL if position == index % 2 else 0)
+        for process in processes:
+            waited.append(process.wait().seconds)
+        row.faults += 1
+        codes = [process.wait().code for process in two(workdir)]
+        row.runs += 1
+        row.lost += any(codes)
+        row.changed += not any(codes) and result(workdir) != result(reference)
+    row.notes.append(f"the other ended after at most {max(waited):.0f} s")
+    return row
+
+
+def table(rows: list[Row]) -> str:
+    """Returns the campaign as Markdown."""
+    lines = ["| fault | faults | runs | lost | changed | |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        notes = "; ".join(note.replace("\n", " ") for note in row.notes)
+        lines.append(
+            f"| {row.fault} | {row.faults} | {row.runs} | {row.lost} | {row.changed} | {notes} |"
+        )
+    sums = [sum(getattr(row, name) for row in rows) for name in ("faults", "runs")]
+    bad = [sum(getattr(row, name) for row in rows) for name in ("lost", "changed")]
+    lines.append(f"| **all** | {sums[0]} | {sums[1]} | **{bad[0]}** | **{bad[1]}** | |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the campaign; 1 if a run was lost or changed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200, help="SIGKILLs of the small network")
+    parser.add_argument("--described-kills", type=int, default=8)
+    parser.add_argument("--terms", type=int, default=20, help="SIGTERMs")
+    parser.add_argument("--damages", type=int, default=40, help="damaged checkpoint files")
+    parser.add_argument("--full-disks", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=4, help="data workers killed")
+    parser.add_argument("--processes", type=int, default=2, help="processes of two killed")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="Markdown file for the table")
+    options = parser.parse_args(arguments)
+
+    rows: list[Row] = []
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="faults") as folder:
+        campaign = Campaign(Path(folder), options.seed, options.epochs)
+
+        def note(*new: Row) -> None:
+            rows.extend(new)
+            print(table(list(new)), f"{time.monotonic() - start:.0f} s", flush=True)
+
+        campaign.undisturbed("small")
+        if options.kills:
+            note(*signals(campaign, "small", signal.SIGKILL, options.kills, 10, options.jobs))
+        if options.terms:
+            note(*signals(campaign, "small", signal.SIGTERM, options.terms, 5, options.jobs))
+        if options.damages:
+            note(*damage(campaign, options.damages, options.jobs))
+        if os.geteuid() == 0 and options.full_disks:
+            note(full_disk(campaign, options.full_disks), read_only_disk(campaign))
+        if options.workers:
+            note(killed_worker(campaign, options.workers))
+        if options.processes:
+            note(killed_process(campaign, options.processes))
+        if options.described_kills:
+            kills = options.described_kills
+            campaign.undisturbed("described")
+            note(*signals(campaign, "described", signal.SIGKILL, kills, 4, options.jobs))
+    text = table(rows)
+    print(f"\n{text}\n{time.monotonic() - start:.0f} s")
+    if options.output:
+        options.output.write_text(text)
+    return int(any(row.lost or row.changed for row in rows))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        sys.exit(child(sys.argv[2:]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,75 @@
+"""A run small enough to train in seconds, and what it leaves."""
+
+import csv
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fetal_flax import checkpoints
+from fetal_flax.config import DataConfig, EncoderConfig, ModelConfig, ScheduleConfig, TrainConfig
+from fetal_flax.training import loop
+
+TIMINGS = {"seconds", "images_per_second", "waiting"}
+
+
+@pytest.fixture(scope="session")
+def small_config(tmp_path_factory) -> Callable[..., TrainConfig]:
+    """Four steps an epoch; the arguments are settings of the schedule."""
+    cache_dir = tmp_path_factory.mktemp("cache")
+
+    def make(**schedule: Any) -> TrainConfig:
+        return TrainConfig(
+            name="small",
+            model=ModelConfig(name="unet", base_width=4),
+            encoder=EncoderConfig(weights="none"),
+            data=DataConfig(
+                dataset="fetal_phantom",
+                cache_dir=str(cache_dir),
+                image_size=(32, 32),
+                phantom_count=45,
+                phantom_size=(64, 96),
+                workers=0,
+            ),
+            schedule=dataclasses.replace(ScheduleConfig(epochs=2, batch_size=8), **schedule),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished(small_config, tmp_path_factory) -> Path:
+    """The workdir of an undisturbed run of two epochs."""
+    return loop.train(small_config(), tmp_path_factory.mktemp("runs") / "finished", profile=True)
+
+
+@pytest.fixture(scope="session")
+def read_rows() -> Callable[[Path], list[dict[str, str]]]:
+    """Reads a run's metrics, but for times."""
+
+    def read(workdir: Path) -> list[dict[str, str]]:
+        with (workdir / "metrics.csv").open(newline="") as file:
+            return [
+                {name: value for name, value in row.items() if name not in TIMINGS}
+                for row in csv.DictReader(file)
+            ]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def same_state() -> Callable[[Path, Path], bool]:
+    """Compares the best networks of two runs bit by bit."""
+
+    def same(workdir: Path, other: Path) -> bool:
+        loaded = [checkpoints.load(path)[0] for path in (workdir, other)]
+        return all(
+            np.array_equal(ours[name], theirs[name])
+            for ours, theirs in zip(*loaded, strict=True)
+            for name in theirs
+        )
+
+    return same
