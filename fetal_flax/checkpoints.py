@@ -81,12 +81,20 @@ class TrainingCheckpoints:
 
     Args:
         workdir: The run's folder.
+
+    Raises:
+        DamagedError: There are checkpoints, and none of them has a description that can be read.
     """
 
     def __init__(self, workdir: Path):
         best = _policies.BestN(get_metric_fn=_dice, n=1, keep_checkpoints_without_metrics=False)
         keep = _policies.AnyPreservationPolicy([_policies.LatestN(2), best])
         self._workdir = workdir
+        self._damaged = _damaged_descriptions(workdir)
+        if self._damaged and len(self._damaged) == len(_numbers(workdir)):
+            raise next(iter(self._damaged.values()))
+        # Orbax opens no folder in which one is broken.
+        self._put_aside(self._damaged)
         with _damage_named(workdir):
             self._manager = ocp.CheckpointManager(
                 (workdir / FOLDER).resolve(),
@@ -124,10 +132,11 @@ class TrainingCheckpoints:
         """
         items = {"variables": variables._asdict(), "training": training}
         with _write_failure_named():
+            metrics = None if validation_dice is None else {"dice": validation_dice}
             self._manager.save(
                 epochs * PER_EPOCH + begun,
-                args=_save_arguments(items, description),
-                metrics=None if validation_dice is None else {"dice": validation_dice},
+                args=_save_arguments(items, description, metrics),
+                metrics=metrics,
             )
 
     def restore_latest(
@@ -157,7 +166,8 @@ class TrainingCheckpoints:
                 damaged[number] = error
                 continue
             self._put_aside(damaged)
-            messages = [str(error) for error in damaged.values()]
+            self._manager.reload()
+            messages = [str(error) for error in (self._damaged | damaged).values()]
             return Variables(**items["variables"]), items["training"], description, messages
         if damaged:
             raise next(iter(damaged.values()))
@@ -177,9 +187,7 @@ class TrainingCheckpoints:
         self._manager.close()
 
     def _put_aside(self, numbers: Iterable[int]) -> None:
-        if not numbers:
-            return
-        if jax.process_index() == 0:
+        if numbers and jax.process_index() == 0:
             folder = self._workdir / DAMAGED
             folder.mkdir(exist_ok=True)
             for number in numbers:
@@ -187,7 +195,6 @@ class TrainingCheckpoints:
                 shutil.rmtree(target, ignore_errors=True)
                 (self._workdir / FOLDER / str(number)).rename(target)
         multihost_utils.sync_global_devices("damaged checkpoints put aside")
-        self._manager.reload()
 
 
 def save(directory: Path, variables: Variables, description: Description) -> None:
@@ -284,6 +291,8 @@ def _reader(directory: Path) -> Iterator[ocp.CheckpointManager]:
             barrier_sync_key_prefix=f"reader{process}",
         ),
     )
+    for error in _damaged_descriptions(directory).values():
+        raise error
     with (
         _damage_named(directory),
         ocp.CheckpointManager((directory / FOLDER).resolve(), options=options) as manager,
@@ -321,10 +330,16 @@ def _write_failure_named() -> Iterator[None]:
         raise
 
 
-def _save_arguments(items: Mapping[str, Any], description: Description) -> ocp.args.Composite:
+def _save_arguments(
+    items: Mapping[str, Any],
+    description: Description,
+    metrics: Mapping[str, float] | None = None,
+) -> ocp.args.Composite:
     values = _to_json(description)
     digests = {name: _digest_of_arrays(tree) for name, tree in items.items()}
     digests["description"] = _digest_of_json(values)
+    if metrics is not None:
+        digests["metrics"] = _digest_of_json(metrics)
     return ocp.args.Composite(
         **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
         description=ocp.args.JsonSave(values | {"sha256": digests}),
@@ -340,17 +355,49 @@ def _restore(
         restored = manager.restore(
             number, args=ocp.args.Composite(**arguments, description=ocp.args.JsonRestore())
         )
-        values = dict(restored["description"])
-        digests = values.pop("sha256", {})
-        # Before the format is judged, lest a flipped digit passes for a newer version.
-        if digests and digests["description"] != _digest_of_json(values):
-            raise ValueError("its description is not what was saved")
+        values, digests = _checked(restored["description"])
         description = _from_json(values, str(directory))
         items = {name: restored[name] for name in abstract}
         for name, tree in items.items():
             if digests[name] != _digest_of_arrays(tree):
                 raise ValueError(f"its {name} are not what was saved")
     return items, description
+
+
+def _checked(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns a description's values and the digests beside them, if they agree."""
+    values = dict(values)
+    digests = values.pop("sha256", {})
+    # Before the format is judged, lest a flipped digit passes for a newer version.
+    if digests and digests["description"] != _digest_of_json(values):
+        raise ValueError("its description is not what was saved")
+    return values, digests
+
+
+def _damaged_descriptions(directory: Path) -> dict[int, DamagedError]:
+    """Returns the checkpoints whose description or validation Dice is not what was saved.
+
+    Read without Orbax, which chooses the best checkpoint by an unchecked Dice.
+    """
+    damaged = {}
+    for number in _numbers(directory):
+        folder = directory / FOLDER / str(number)
+        try:
+            with _damage_named(directory, number):
+                _, digests = _checked(json.loads((folder / "description/metadata").read_bytes()))
+                if "metrics" in digests:
+                    metrics = json.loads((folder / "metrics/metrics").read_bytes())
+                    if digests["metrics"] != _digest_of_json(metrics):
+                        raise ValueError("its validation Dice is not what was saved")
+        except DamagedError as error:
+            damaged[number] = error
+    return damaged
+
+
+def _numbers(directory: Path) -> list[int]:
+    folder = directory / FOLDER
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted((int(path.name) for path in paths if path.name.isdigit()), reverse=True)
 
 
 def _digest_of_arrays(tree: Any) -> str:
