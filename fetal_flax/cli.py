@@ -46,10 +46,12 @@ class Train:
 
     def run(self) -> int:
         """Trains, or prints the plan."""
-        from fetal_flax.training import cross_validation, loop, plan
+        from fetal_flax.training import loop, plan
 
         settings, workdir = self.settings, Path("runs", self.settings.name)
         if self.fold is not None:
+            from fetal_flax.training import cross_validation
+
             settings = cross_validation.with_fold(settings, self.fold)
             workdir = cross_validation.fold_folder(_folds_workdir(settings), self.fold)
         if self.dry_run:

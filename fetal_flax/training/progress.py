@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,17 @@ from typing import Any
 import jax
 import rich.console
 import rich.progress
-import tensorboardX
 
 from fetal_flax.files import csv_bytes, write_atomically
+
+# When imported, tensorboardX loads PyTorch where that is installed: two seconds for a type's name.
+if "torch" in sys.modules:
+    import tensorboardX
+else:
+    sys.modules["torch"] = None  # pyright: ignore
+    import tensorboardX
+
+    del sys.modules["torch"]
 
 Epoch = Mapping[str, float]
 """One epoch's numbers by name: `epoch`, `step`, losses, Dices, rates and times."""
