@@ -193,9 +193,5 @@ class BatchNorm(nnx.Module):
         keep = 1 - self.momentum
         # Not by `self.mean[...] =`, which asks tracers for their sharding: JAX searches the whole
         # trace for the words of its refusal, a quarter of the time that tracing a step takes.
-        self.mean.set_value(
-            keep * self.mean[...] + self.momentum * jax.lax.stop_gradient(mean)
-        )
-        self.var.set_value(
-            keep * self.var[...] + self.momentum * jax.lax.stop_gradient(unbiased)
-        )
+        self.mean.set_value(keep * self.mean[...] + self.momentum * jax.lax.stop_gradient(mean))
+        self.var.set_value(keep * self.var[...] + self.momentum * jax.lax.stop_gradient(unbiased))
