@@ -30,9 +30,14 @@ class Variables(NamedTuple):
     batch_stats: Arrays
 
 
+def create(config: ModelConfig, seed: int) -> Network:
+    """Returns a freshly initialised network, as the module that it is."""
+    return create_network(config, rngs=cast(nnx.Rngs, HostRngs(seed)))
+
+
 def init(config: ModelConfig, seed: int) -> Variables:
     """Returns freshly initialised variables."""
-    return _variables(_create(config, seed))
+    return _variables(create(config, seed))
 
 
 def shapes(config: ModelConfig) -> Variables:
@@ -126,20 +131,16 @@ class _Structure(NamedTuple):
 
 @functools.lru_cache
 def _structure(config: ModelConfig, *, folded: bool = False) -> _Structure:
-    def create() -> Network:
-        network = _create(config, seed=0)
+    def build() -> Network:
+        network = create(config, seed=0)
         if folded:
             folding.fold(network)
         return network
 
-    network = nnx.eval_shape(create)
+    network = nnx.eval_shape(build)
     graph, state = nnx.split(network)
     paths = {_name(path): path for path, _ in nnx.to_flat_state(state)}
     return _Structure(graph, paths, _variables(network))
-
-
-def _create(config: ModelConfig, seed: int) -> Network:
-    return create_network(config, rngs=cast(nnx.Rngs, HostRngs(seed)))
 
 
 def _variables(network: Network) -> Variables:
