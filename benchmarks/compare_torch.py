@@ -172,13 +172,13 @@ def training(pair: Pair, batch: int, options: argparse.Namespace) -> list[Way]:
             model = dataclasses.replace(pair.config.model, dtype=dtype)
             config = dataclasses.replace(pair.config, model=model)
             mesh = create_mesh(jax.devices()[:1])
-            steps = create_steps(config, POS_WEIGHT, mesh)
+            steps = create_steps(config, mesh)
             state = create_state(config, on_device(pair.variables), mesh)
             on = jax.device_put(batch_of_data)
 
             def call() -> float:
                 nonlocal state
-                state, metrics = steps.train(state, on)
+                state, metrics = steps.train(state, POS_WEIGHT, on)
                 jax.block_until_ready(state)
                 return float(metrics["loss"])
 

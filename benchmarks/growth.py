@@ -97,7 +97,7 @@ def step_in_process(devices: int, side: int, repeats: int) -> float:
 
 def training_step(side: int, repeats: int) -> float:
     mesh = create_mesh()
-    state, step = create_state(CONFIG, variables(), mesh), create_steps(CONFIG, 2.3, mesh).train
+    state, step = create_state(CONFIG, variables(), mesh), create_steps(CONFIG, mesh).train
     dataset = phantoms(BATCH)
     config = DataConfig(image_size=(side, side), workers=0)
     batch = next(batches_of(dataset, config, 1))
@@ -105,7 +105,7 @@ def training_step(side: int, repeats: int) -> float:
 
     def call():
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = step(state, 2.3, batch)
         return state, metrics
 
     return statistics.median(alternate({"step": call}, repeats)["step"])

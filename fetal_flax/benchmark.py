@@ -187,9 +187,11 @@ def _training(model: ModelConfig, image_size: tuple[int, int], batch_size: int) 
         ),
         batch_sharding(mesh),
     )
-    step = create_steps(config, 1.0, mesh).train
+    step = create_steps(config, mesh).train
     # A step consumes its state.
-    return _Computation("training", step, (state, batch), lambda results: (results[0], batch))
+    return _Computation(
+        "training", step, (state, 1.0, batch), lambda results: (results[0], 1.0, batch)
+    )
 
 
 def _machine(model: ModelConfig, repeats: int) -> Machine:

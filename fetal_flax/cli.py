@@ -54,7 +54,7 @@ class Train:
 
     def run(self) -> int:
         """Trains, or prints the plan."""
-        from fetal_flax.training import cross_validation, distributed, loop, plan
+        from fetal_flax.training import distributed, loop, plan
 
         together = self.coordinator, self.process_count, self.process_id
         if self.distributed:
@@ -65,6 +65,8 @@ class Train:
             )
         settings, workdir = self.settings, Path("runs", self.settings.name)
         if self.fold is not None:
+            from fetal_flax.training import cross_validation
+
             settings = cross_validation.with_fold(settings, self.fold)
             workdir = cross_validation.fold_folder(_folds_workdir(settings), self.fold)
         if self.dry_run:

@@ -25,7 +25,6 @@ from jaxtyping import UInt8
 from fetal_flax.config import DataConfig
 from fetal_flax.data import hc18
 from fetal_flax.data.images import decode_gray, encode_png
-from fetal_flax.data.phantom import make_phantom
 from fetal_flax.data.workers import (
     MISSING_GUARD,
     available_cpus,
@@ -54,12 +53,25 @@ class Record:
 
 
 class Dataset:
-    """The records of a prepared dataset, sorted by name; can be pickled."""
+    """The records of a prepared dataset, sorted by name; can be pickled.
+
+    Args:
+        source: The stored records.
+        names: Their names.
+        examinations: Their examinations.
+        folder: Where they are stored, if they are: what is derived from them may be kept there.
+    """
 
     def __init__(
-        self, source: Sequence[Any], *, names: Sequence[str], examinations: Sequence[str]
+        self,
+        source: Sequence[Any],
+        *,
+        names: Sequence[str],
+        examinations: Sequence[str],
+        folder: Path | None = None,
     ) -> None:
         self._source = source
+        self.folder = folder
         self.names = tuple(names)
         self.examinations = tuple(examinations)
 
@@ -107,7 +119,7 @@ def open_dataset(config: DataConfig, seed: int) -> Dataset:
     prepared: Any = make_builder()
     stored = {name: tfds.decode.SkipDecoding() for name in ("image", "mask")}
     records = prepared.as_data_source(split=_SPLIT, decoders=stored)
-    return Dataset(records, **prepared.info.metadata)
+    return Dataset(records, folder=Path(prepared.data_path), **prepared.info.metadata)
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -211,6 +223,8 @@ def _hc18_example(record: hc18.HC18Record) -> dict[str, Any]:
 
 
 def _phantom_example(seed: int, size: tuple[int, int], index: int) -> dict[str, Any]:
+    from fetal_flax.data.phantom import make_phantom  # SciPy: needed once.
+
     phantom = make_phantom(seed, index, height=size[0], width=size[1])
     # Digits enough that the order of the names is that of the numbers.
     name = f"{index:06d}"

@@ -6,7 +6,6 @@ the step at which a run was resumed changes it.
 
 import atexit
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import time
@@ -237,18 +236,6 @@ def prefetch_to_device(
         prepare: What is done to each on the devices.
     """
     return DeviceBatches(batches, sharding, size, prepare)
-
-
-def foreground_fraction(
-    dataset: Dataset, indices: Sequence[int], image_size: tuple[int, int]
-) -> float:
-    """Returns the heads' share of the pixels, over `indices`, at the network's size."""
-
-    def count(index: int) -> int:
-        return int(np.count_nonzero(resize_mask(dataset.record(index).mask, image_size)))
-
-    with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
-        return sum(pool.map(count, indices)) / (len(indices) * image_size[0] * image_size[1])
 
 
 @dataclasses.dataclass(frozen=True)

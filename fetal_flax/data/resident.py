@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
-from jaxtyping import Array, Float32, Int32, UInt8
+from jaxtyping import Array, Float32, Int32, Int64, UInt8
 
 from fetal_flax.data.augmentation import sampling_matrix
 from fetal_flax.data.builders import Dataset
@@ -59,6 +59,11 @@ def load_resident(
         images, masks = zip(*pool.map(load, range(len(dataset))), strict=True)
     arrays = np.stack(images), np.stack(masks).astype(np.uint8)
     return Resident(*(jax.make_array_from_process_local_data(sharding, a) for a in arrays))
+
+
+def resident_foreground_pixels(resident: Resident) -> Int64[np.ndarray, " records"]:
+    """Returns what `foreground_pixels` counts, from the images that are there."""
+    return np.asarray(resident.mask.sum((1, 2), dtype=jnp.int32)).astype(np.int64)
 
 
 def training_plans(

@@ -5,7 +5,7 @@ names such as `aspp/atrous/0/conv/kernel` to arrays, which jit, optax and orbax 
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 from flax import nnx, traverse_util
@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from fetal_flax.config import ModelConfig
 from fetal_flax.models import folding
+from fetal_flax.models.initializers import HostRngs
 from fetal_flax.models.layers import FeatureMap
 from fetal_flax.models.unet import Logits, Network, UNet, create_network
 
@@ -29,17 +30,19 @@ class Variables(NamedTuple):
     batch_stats: Arrays
 
 
+def create(config: ModelConfig, seed: int) -> Network:
+    """Returns a freshly initialised network, as the module that it is."""
+    return create_network(config, rngs=cast(nnx.Rngs, HostRngs(seed)))
+
+
 def init(config: ModelConfig, seed: int) -> Variables:
     """Returns freshly initialised variables."""
-    network = create_network(config, rngs=nnx.Rngs(params=seed))
-    _, params, batch_stats = nnx.split(network, nnx.Param, nnx.BatchStat)
-    return Variables(_flatten(params), _flatten(batch_stats))
+    return _variables(create(config, seed))
 
 
-@functools.lru_cache
 def shapes(config: ModelConfig) -> Variables:
-    """Returns the variables' shapes and dtypes without computing them."""
-    return jax.eval_shape(lambda: init(config, 0))
+    """Returns the variables' shapes and dtypes."""
+    return _structure(config).shapes
 
 
 def encoder_part(variables: Variables) -> Variables:
@@ -98,7 +101,7 @@ def infer(config: ModelConfig, folded: Arrays, images: FeatureMap) -> Logits:
     Raises:
         InputError: The images' shape doesn't fit the network.
     """
-    network = _merge(*_structure(config, folded=True), folded)
+    network = _structure(config, folded=True).merge(folded)
     if len(images) > 1 and jax.default_backend() == "cpu":
         # One image's maps nearly fit into the cache; a batch's do not, and asking the system for
         # their memory anew in every call takes a third of the time.
@@ -109,28 +112,44 @@ def infer(config: ModelConfig, folded: Arrays, images: FeatureMap) -> Logits:
 def merge(config: ModelConfig, variables: Variables) -> Network:
     """Returns the network with these variables, as the module that it is."""
     params, batch_stats = variables
-    return _merge(*_structure(config), params | batch_stats)
+    return _structure(config).merge(params | batch_stats)
 
 
-def _merge(structure: nnx.GraphDef, paths: dict[str, tuple], arrays: Arrays) -> Network:
-    nested = traverse_util.unflatten_dict({paths[name]: a for name, a in arrays.items()})
-    return nnx.merge(structure, nested)
+class _Structure(NamedTuple):
+    """A network without its arrays."""
+
+    graph: nnx.GraphDef
+    paths: dict[str, tuple]
+    """Where the arrays belong, by their flat names."""
+    shapes: Variables
+
+    def merge(self, arrays: Arrays) -> Network:
+        """Returns the network with these arrays."""
+        nested = traverse_util.unflatten_dict({self.paths[name]: a for name, a in arrays.items()})
+        return nnx.merge(self.graph, nested)
 
 
 @functools.lru_cache
-def _structure(config: ModelConfig, *, folded: bool = False) -> tuple[nnx.GraphDef, dict]:
-    def create() -> Network:
-        network = create_network(config, rngs=nnx.Rngs(params=0))
+def _structure(config: ModelConfig, *, folded: bool = False) -> _Structure:
+    def build() -> Network:
+        network = create(config, seed=0)
         if folded:
             folding.fold(network)
         return network
 
-    structure, state = nnx.split(nnx.eval_shape(create))
-    return structure, {_name(path): path for path, _ in nnx.to_flat_state(state)}
+    network = nnx.eval_shape(build)
+    graph, state = nnx.split(network)
+    paths = {_name(path): path for path, _ in nnx.to_flat_state(state)}
+    return _Structure(graph, paths, _variables(network))
+
+
+def _variables(network: Network) -> Variables:
+    _, params, batch_stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+    return Variables(_flatten(params), _flatten(batch_stats))
 
 
 def _flatten(state: nnx.State) -> Arrays:
-    return {_name(path): variable[...] for path, variable in nnx.to_flat_state(state)}
+    return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
 def _name(path: tuple) -> str:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from fetal_flax.config import ModelConfig
 from fetal_flax.models import functional
 from fetal_flax.models.layers import Conv, FeatureMap, UpConv
-from fetal_flax.models.unet import Logits, create_network
+from fetal_flax.models.unet import Logits
 
 DESCRIPTION = {
     "parameters": 3_403_809,
@@ -115,7 +115,7 @@ def _macs_by_part(config: ModelConfig, image_size: tuple[int, int]) -> Counter[s
     macs: Counter[str] = Counter()
 
     def forward(images: FeatureMap) -> Logits:
-        network = create_network(config, rngs=nnx.Rngs(params=0))
+        network = functional.create(config, seed=0)
         owners = dict(nnx.iter_modules(network))
         for path, layer in owners.items():
             if isinstance(layer, (Conv, UpConv, nnx.Linear)):

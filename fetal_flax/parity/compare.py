@@ -288,8 +288,8 @@ def compare_backward(
         pos_weight: Factor on the cross-entropy of foreground pixels.
         exact: Gradients in a higher precision, where they are known.
     """
-    backward = jax.jit(create_backward(pair.config, pos_weight))
-    ours = backward(_state(pair), batch)
+    backward = jax.jit(create_backward(pair.config))
+    ours = backward(_state(pair), pos_weight, batch)
 
     network = copy.deepcopy(pair.network)
     reference.set_training(network, pair.config)
@@ -314,7 +314,7 @@ def compare_training(
     pair: Pair, batches: Sequence[Batch], pos_weight: float, steps: int
 ) -> dict[str, Any]:
     """Trains both and returns the errors of every step, as fields of `Comparison`."""
-    train = create_steps(pair.config, pos_weight, _mesh()).train
+    train = create_steps(pair.config, _mesh()).train
     state = _state(pair)
     network = copy.deepcopy(pair.network)
     reference.set_training(network, pair.config)
@@ -323,7 +323,7 @@ def compare_training(
 
     rows = []
     for step, batch in zip(range(1, steps + 1), itertools.cycle(batches)):
-        state, metrics = train(state, batch)
+        state, metrics = train(state, pos_weight, batch)
         optimizer.zero_grad()
         loss = _torch_loss(network, pair, batch, pos_weight)
         loss.backward()

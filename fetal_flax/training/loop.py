@@ -22,9 +22,10 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,12 +40,12 @@ from fetal_flax.config import TrainConfig, from_dict, to_dict
 from fetal_flax.conversion.encoder_weights import load_encoder
 from fetal_flax.data import splits
 from fetal_flax.data.builders import Dataset, open_dataset
+from fetal_flax.data.foreground import foreground_pixels
 from fetal_flax.data.pipeline import (
     DeviceBatches,
     TrainingOrder,
     WorkerDiedError,
     evaluation_batches,
-    foreground_fraction,
     prefetch_to_device,
     steps_per_epoch,
     training_batches,
@@ -53,13 +54,11 @@ from fetal_flax.data.resident import (
     Resident,
     evaluation_plan,
     load_resident,
+    resident_foreground_pixels,
     training_plans,
 )
 from fetal_flax.errors import InputError, Interrupted, RunError
-from fetal_flax.evaluation import pictures
-from fetal_flax.evaluation.metrics import segmentation_metrics
 from fetal_flax.files import json_bytes, locked, write_atomically
-from fetal_flax.inference.predictor import Predictor
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 from fetal_flax.training.distributed import everywhere, is_first, shard
@@ -74,6 +73,7 @@ from fetal_flax.training.sharding import (
     replicate,
     replicated,
 )
+from fetal_flax.training.startup import AheadOfTime, compile_train_step
 from fetal_flax.training.step import Steps, TrainState, create_state, create_steps
 
 SHEET_IMAGES = 12
@@ -99,10 +99,17 @@ class Run:
     pos_weight: float
     mesh: jax.sharding.Mesh
     steps: Steps
+    train_step: AheadOfTime
+    """`steps.train`, or `steps.train_resident` where a call does several steps."""
     steps_per_epoch: int
     variables: Variables
     resident: Resident | None
     """The images, where they are on the devices."""
+
+    @functools.cached_property
+    def pos_weight_on_devices(self) -> jax.Array:
+        """`pos_weight` as the steps take it."""
+        return replicate(np.float32(self.pos_weight), self.mesh)
 
     def description(self, progress: dict[str, Any]) -> Description:
         """Returns what the run's checkpoints say of themselves."""
@@ -158,9 +165,25 @@ def prepare(config: TrainConfig) -> Run:
     dataset = open_dataset(config.data, config.seed)
     split = splits.split(dataset.names, dataset.examinations, **_split_method(config))
     epoch_steps = steps_per_epoch(len(split.train), config.schedule.batch_size)
+    steps = create_steps(config, mesh)
+    # All that follows happens while a thread compiles.
+    train_step = compile_train_step(
+        config,
+        steps,
+        records=len(dataset),
+        steps_per_dispatch=_steps_per_dispatch(config, mesh, epoch_steps),
+    )
+    resident = None
+    if config.data.backend == "device":
+        resident = load_resident(dataset, config.data.image_size, replicated(mesh))
     pos_weight = config.loss.pos_weight
     if pos_weight == "auto":
-        foreground = foreground_fraction(dataset, split.train, config.data.image_size)
+        pixels = (
+            foreground_pixels(dataset, config.data.image_size)
+            if resident is None
+            else resident_foreground_pixels(resident)
+        )
+        foreground = pixels[list(split.train)].mean() / math.prod(config.data.image_size)
         pos_weight = (1 - foreground) / foreground
     variables = functional.init(config.model, config.seed)
     if encoder is not None:
@@ -173,12 +196,11 @@ def prepare(config: TrainConfig) -> Run:
         split=split,
         pos_weight=float(pos_weight),
         mesh=mesh,
-        steps=create_steps(config, float(pos_weight), mesh),
+        steps=steps,
+        train_step=train_step,
         steps_per_epoch=epoch_steps,
         variables=variables,
-        resident=load_resident(dataset, config.data.image_size, replicated(mesh))
-        if config.data.backend == "device"
-        else None,
+        resident=resident,
     )
 
 
@@ -220,7 +242,7 @@ def train(
         interruption.raise_at_once()
         done = underway.done
         if is_first():
-            pictures.training_curves(workdir / "curves.png", done.history)
+            _write_curves(done, workdir)
             _write_sheet(run, workdir)
         progress.say(
             f"best validation Dice {done.stopping.best:.4f} in epoch {done.stopping.best_epoch}; "
@@ -342,7 +364,7 @@ def read_config(workdir: Path) -> TrainConfig:
 class Training(NamedTuple):
     """What an epoch is made of: `state, metrics = step(state, *constants, next(work))`."""
 
-    step: jax.stages.Wrapped
+    step: Callable[..., Any]
     constants: tuple[Any, ...]
     work: DeviceBatches
     """A batch, or a plan of several, at a time."""
@@ -368,9 +390,9 @@ def open_training(run: Run, start_step: int, total_steps: int) -> Iterator[Train
             shard=shard(),
         )
         work = prefetch_to_device(batches, batch_sharding(run.mesh))
-        training = Training(run.steps.train, (), work, steps=1)
+        training = Training(run.train_step, (run.pos_weight_on_devices,), work, steps=1)
     else:
-        steps = _steps_per_dispatch(run)
+        steps = _steps_per_dispatch(config, run.mesh, run.steps_per_epoch)
         order = TrainingOrder(
             run.split.train, config.augmentation, config.seed, config.schedule.batch_size
         )
@@ -388,20 +410,28 @@ def open_training(run: Run, start_step: int, total_steps: int) -> Iterator[Train
             # each of its readers and takes twenty times as long.
             take = functools.partial(run.steps.take, run.resident)
             work = prefetch_to_device(plans, sharding, prepare=take)
-            training = Training(run.steps.train, (), work, steps)
+            training = Training(run.train_step, (run.pos_weight_on_devices,), work, steps)
         else:
             work = prefetch_to_device(plans, sharding)
-            training = Training(run.steps.train_resident, (run.resident,), work, steps)
+            constants = run.pos_weight_on_devices, run.resident
+
+            def step(*arguments: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+                whole = len(arguments[-1].record) == steps
+                return (run.train_step if whole else run.steps.train_resident)(*arguments)
+
+            training = Training(step, constants, work, steps)
     with contextlib.closing(work):
         yield training
 
 
-def _steps_per_dispatch(run: Run) -> int:
-    """Returns the largest divisor of an epoch's steps that the setting allows."""
-    on_cpu = run.mesh.devices.flat[0].platform == "cpu"
-    default = 1 if on_cpu else run.steps_per_epoch
-    at_most = min(run.config.data.steps_per_dispatch or default, run.steps_per_epoch)
-    return next(n for n in range(at_most, 0, -1) if run.steps_per_epoch % n == 0)
+def _steps_per_dispatch(config: TrainConfig, mesh: jax.sharding.Mesh, epoch_steps: int) -> int:
+    """Returns the largest divisor of an epoch's steps that the settings allow."""
+    if config.data.backend == "host":
+        return 1
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    default = 1 if on_cpu else epoch_steps
+    at_most = min(config.data.steps_per_dispatch or default, epoch_steps)
+    return next(n for n in range(at_most, 0, -1) if epoch_steps % n == 0)
 
 
 def evaluate(
@@ -428,7 +458,11 @@ def _evaluated_batches(run: Run, variables: Variables) -> Iterator[dict[str, Any
     if run.resident is not None:
         plan = evaluation_plan(run.split.validation, batch_size, shard())
         plans = prefetch_to_device(iter([plan]), plan_sharding(run.mesh))
-        metrics = jax.device_get(run.steps.evaluate_resident(variables, run.resident, next(plans)))
+        metrics = jax.device_get(
+            run.steps.evaluate_resident(
+                variables, run.pos_weight_on_devices, run.resident, next(plans)
+            )
+        )
         for step in range(len(plan.record)):
             yield {name: values[step] for name, values in metrics.items()}
         return
@@ -442,7 +476,7 @@ def _evaluated_batches(run: Run, variables: Variables) -> Iterator[dict[str, Any
     )
     with contextlib.closing(prefetch_to_device(batches, batch_sharding(run.mesh))) as on_device:
         for batch in on_device:
-            yield run.steps.evaluate(variables, batch)
+            yield run.steps.evaluate(variables, run.pos_weight_on_devices, batch)
 
 
 class _NonFinite(Exception):  # noqa: N818  It leaves this module as a RunError.
@@ -580,16 +614,19 @@ def _train_epoch(underway: Underway, training: Training) -> dict[str, float]:
 
     with underway.progress.bar(epoch, run.steps_per_epoch, begun_before) as bar:
         dispatched = begun_before
-        while dispatched < run.steps_per_epoch:
-            underway.state, metrics = training.step(underway.state, *training.constants, next(work))
-            dispatched += metrics["loss"].size
-            pending.append(metrics)
-            if len(pending) > 1:
+        try:
+            while dispatched < run.steps_per_epoch:
+                batch = next(work)
+                underway.state, metrics = training.step(underway.state, *training.constants, batch)
+                dispatched += metrics["loss"].size
+                pending.append(metrics)
+                if len(pending) > 1:
+                    read(bar)
+                if underway.interruption.requested():
+                    break
+        finally:
+            while pending:
                 read(bar)
-            if underway.interruption.requested():
-                break
-        while pending:
-            read(bar)
     if dispatched < run.steps_per_epoch:
         raise Interrupted
     measured = [step for step in done.begun if step]
@@ -706,8 +743,18 @@ def _write_start(run: Run, workdir: Path) -> None:
     write_atomically(workdir / "run.json", json_bytes(facts))
 
 
+def _write_curves(done: Progressed, workdir: Path) -> None:
+    from fetal_flax.evaluation import pictures  # Matplotlib: no start should wait for it.
+
+    pictures.training_curves(workdir / "curves.png", done.history)
+
+
 def _write_sheet(run: Run, workdir: Path) -> None:
     """Draws validation images, from the worst Dice to the best, with the best checkpoint."""
+    from fetal_flax.evaluation import pictures
+    from fetal_flax.evaluation.metrics import segmentation_metrics
+    from fetal_flax.inference.predictor import Predictor
+
     predictor = Predictor.from_checkpoint(workdir)
     records = [run.dataset.record(i) for i in run.split.validation]
     masks = predictor.masks([record.image for record in records])

@@ -20,7 +20,7 @@ def dice_bce_loss(
     valid: Bool[Array, " batch"],
     *,
     config: LossConfig,
-    pos_weight: float,
+    pos_weight: float | Array,
 ) -> Float[Array, ""]:
     """Weighted sum of Dice loss and cross-entropy over the valid images.
 
@@ -59,7 +59,7 @@ def soft_dice(
     return (dice * weights).sum() / weights.sum()
 
 
-def bce_with_logits(logits: Maps, masks: Maps, pos_weight: float) -> Maps:
+def bce_with_logits(logits: Maps, masks: Maps, pos_weight: float | Array) -> Maps:
     """Cross-entropy per pixel; the log-sigmoid form stays finite whatever the logit."""
     positive = pos_weight * masks * jax.nn.log_sigmoid(logits)
     negative = (1 - masks) * jax.nn.log_sigmoid(-logits)

@@ -29,9 +29,7 @@ def dry_run(config: TrainConfig) -> None:
     with loop.open_training(run, start_step=0, total_steps=run.steps_per_epoch) as training:
         work = next(training.work)
     arguments = state, *training.constants, work
-    start = time.perf_counter()
-    compiled = training.step.lower(*arguments).compile()
-    compile_seconds = time.perf_counter() - start
+    compiled = run.train_step.compiled
     memory = compiled.memory_analysis()
     temporaries = f"{memory.temp_size_in_bytes / 1e6:.0f} MB" if memory else "unknown"
     start = time.perf_counter()
@@ -39,7 +37,7 @@ def dry_run(config: TrainConfig) -> None:
     step_seconds = time.perf_counter() - start
     console.print(
         f"memory on each device: state {state_bytes / 1e6:.0f} MB, temporaries {temporaries} "
-        f"(XLA's estimate); compiled in {compile_seconds:.1f} s\n"
+        f"(XLA's estimate); compiled in {run.train_step.seconds:.1f} s\n"
         f"first step: loss {_first(metrics['loss']):.4f}, Dice {_first(metrics['dice']):.4f}, "
         f"{step_seconds / training.steps:.2f} s a step\n"
         f"a run takes {config.schedule.epochs} epochs of {run.steps_per_epoch} steps at most",

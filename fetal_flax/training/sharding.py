@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -36,7 +35,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Returns arrays that are new, whole on every device of the mesh, and may be donated.
+    """Returns arrays that are whole on every device, and may share the given ones' memory.
 
     With several processes, each must have the same values.
     """
@@ -45,9 +44,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
         return jax.tree.map(
             lambda a: jax.make_array_from_process_local_data(sharding, np.array(a)), tree
         )
-    # Copied, because the caller may keep the arrays. With several devices, device_put aliases the
-    # one on the first even if told not to.
-    return jax.device_put(jax.tree.map(jnp.copy, tree), sharding)
+    return jax.device_put(tree, sharding)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:

@@ -62,58 +62,69 @@ class Steps(NamedTuple):
     """The jitted functions of a run."""
 
     train: jax.stages.Wrapped
-    """(TrainState, Batch) → (TrainState, Metrics)."""
+    """(TrainState, pos_weight, Batch) → (TrainState, Metrics)."""
     evaluate: jax.stages.Wrapped
-    """(Variables, Batch) → Metrics."""
+    """(Variables, pos_weight, Batch) → Metrics."""
     train_resident: jax.stages.Wrapped
-    """(TrainState, Resident, Plan) → (TrainState, Metrics): the steps of a plan, one after the
-    other, in one dispatch; a metric has a leading axis of steps."""
+    """(TrainState, pos_weight, Resident, Plan) → (TrainState, Metrics): the steps of a plan, one
+    after the other, in one dispatch; a metric has a leading axis of steps."""
     take: jax.stages.Wrapped
     """(Resident, Plan) → Batch of the plan's only step."""
     evaluate_resident: jax.stages.Wrapped
-    """(Variables, Resident, Plan) → Metrics, likewise."""
+    """(Variables, pos_weight, Resident, Plan) → Metrics, likewise."""
 
 
 def create_state(config: TrainConfig, variables: Variables, mesh: Mesh) -> TrainState:
     """Returns the state before the first step, on every device of the mesh."""
+    # In one program: by themselves, the moments' zeros are one for each shape.
+    create = jax.jit(functools.partial(initial_state, config), out_shardings=replicated(mesh))
+    return create(replicate(variables, mesh))
+
+
+def initial_state(config: TrainConfig, variables: Variables) -> TrainState:
+    """Returns the state before the first step; a pure function."""
     labels = label_parameters(variables.params, freezing_rules(config))
-    dtype = _dtype(variables.params)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables.params,
         batch_stats=variables.batch_stats,
         opt_state=create_optimizer(config.optimizer, labels).init(variables.params),
         learning_rates={
-            group: jnp.asarray(rate, dtype)
+            group: jnp.asarray(rate, _dtype(variables.params))
             for group, rate in initial_learning_rates(config).items()
         },
         halted=jnp.zeros((), bool),
     )
-    return replicate(state, mesh)
+    # Copied, because the state is donated and the caller may keep the variables.
+    return jax.tree.map(jnp.copy, state)
 
 
-def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
+def create_steps(config: TrainConfig, mesh: Mesh) -> Steps:
     """Returns the run's training and validation steps.
+
+    Their `pos_weight`, the factor on the cross-entropy of foreground pixels, is an argument: a
+    step can be compiled before the data tell it, and for any data.
 
     Args:
         config: The run.
-        pos_weight: Factor on the cross-entropy of foreground pixels, resolved to a number.
         mesh: Devices that share the batch.
 
     Returns:
-        `train(state, batch)`, which consumes the state and returns the next one with `loss` and
-        `dice` of the batch and whether it was `applied`, and `evaluate(variables, batch)`, which
-        returns the `loss` over the valid images, `dice` per image and which are `valid`; and both
-        over images that are on the devices. A step whose loss or gradients are not finite is not
-        applied (`schedule.non_finite`).
+        `train(state, pos_weight, batch)`, which consumes the state and returns the next one with
+        `loss` and `dice` of the batch and whether it was `applied`, and `evaluate(variables,
+        pos_weight, batch)`, which returns the `loss` over the valid images, `dice` per image and
+        which are `valid`; and both over images that are on the devices. A step whose loss or
+        gradients are not finite is not applied (`schedule.non_finite`).
     """
     skip = config.schedule.non_finite == "skip"
     labels = _labels(config)
     optimizer = create_optimizer(config.optimizer, labels)
-    backward = create_backward(config, pos_weight)
+    backward = create_backward(config)
 
-    def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, gradients, batch_stats, logits = backward(state, batch)
+    def train(
+        state: TrainState, pos_weight: float | Array, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        loss, gradients, batch_stats, logits = backward(state, pos_weight, batch)
         frozen = {name: a for name, a in state.params.items() if name not in gradients}
         # optax raises float decays to integer counts; our own arithmetic stays strict.
         with jax.numpy_dtype_promotion("standard"):
@@ -146,7 +157,7 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
         dice = losses.hard_dice(logits, jnp.asarray(batch.mask, logits.dtype))
         return next_state, {"loss": loss, "dice": dice.mean(), "applied": applied}
 
-    def evaluate(variables: Variables, batch: Batch) -> Metrics:
+    def evaluate(variables: Variables, pos_weight: float | Array, batch: Batch) -> Metrics:
         images, masks, valid = _to_float(batch, _dtype(variables.params))
         logits, _ = functional.apply(config.model, variables, images)
         loss = losses.dice_bce_loss(logits, masks, valid, config=config.loss, pos_weight=pos_weight)
@@ -159,37 +170,41 @@ def create_steps(config: TrainConfig, pos_weight: float, mesh: Mesh) -> Steps:
         return jax.lax.with_sharding_constraint(batch, split)
 
     def train_resident(
-        state: TrainState, resident: Resident, plan: Plan
+        state: TrainState, pos_weight: float | Array, resident: Resident, plan: Plan
     ) -> tuple[TrainState, Metrics]:
-        return jax.lax.scan(lambda state, step: train(state, batch_of(resident, step)), state, plan)
+        return jax.lax.scan(
+            lambda state, step: train(state, pos_weight, batch_of(resident, step)), state, plan
+        )
 
     def take(resident: Resident, plan: Plan) -> Batch:
         return batch_of(resident, jax.tree.map(lambda array: array[0], plan))
 
-    def evaluate_resident(variables: Variables, resident: Resident, plan: Plan) -> Metrics:
-        return jax.lax.map(lambda step: evaluate(variables, batch_of(resident, step)), plan)
+    def evaluate_resident(
+        variables: Variables, pos_weight: float | Array, resident: Resident, plan: Plan
+    ) -> Metrics:
+        return jax.lax.map(
+            lambda step: evaluate(variables, pos_weight, batch_of(resident, step)), plan
+        )
 
     options = compiler_options(deterministic=config.deterministic)
     jit = functools.partial(jax.jit, compiler_options=options)
     trained = {"out_shardings": (whole, whole), "donate_argnums": 0}
     return Steps(
-        jit(train, in_shardings=(whole, split), **trained),
-        jit(evaluate, in_shardings=(whole, split), out_shardings=whole),
-        jit(train_resident, in_shardings=(whole, whole, planned), **trained),
+        jit(train, in_shardings=(whole, whole, split), **trained),
+        jit(evaluate, in_shardings=(whole, whole, split), out_shardings=whole),
+        jit(train_resident, in_shardings=(whole, whole, whole, planned), **trained),
         jit(take, in_shardings=(whole, planned), out_shardings=split),
-        jit(evaluate_resident, in_shardings=(whole, whole, planned), out_shardings=whole),
+        jit(evaluate_resident, in_shardings=(whole, whole, whole, planned), out_shardings=whole),
     )
 
 
-def create_backward(
-    config: TrainConfig, pos_weight: float
-) -> Callable[[TrainState, Batch], Backward]:
+def create_backward(config: TrainConfig) -> Callable[[TrainState, float | Array, Batch], Backward]:
     """Returns a step's forward and backward pass, without the update."""
     labels = _labels(config)
     train_encoder = config.encoder.trainable or config.encoder.frozen_batch_norm == "batch"
     dropout_key = jax.random.key(config.seed)
 
-    def backward(state: TrainState, batch: Batch) -> Backward:
+    def backward(state: TrainState, pos_weight: float | Array, batch: Batch) -> Backward:
         frozen = {name: a for name, a in state.params.items() if labels[name] == FROZEN}
         learning = {name: a for name, a in state.params.items() if labels[name] != FROZEN}
         images, masks, valid = _to_float(batch, _dtype(state.params))

@@ -241,9 +241,3 @@ def test_workers_from_a_script_that_stops_early(tiny_hc18: Path, tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "(2, 32, 32, 1)\n"
     assert "Error" not in done.stderr
-
-
-def test_foreground_fraction(dataset, config):
-    expected = np.mean([resize_mask(dataset.record(i).mask, SIZE) > 0 for i in (0, 2, 4)])
-    assert pipeline.foreground_fraction(dataset, [0, 2, 4], SIZE) == pytest.approx(expected)
-    assert 0.1 < expected < 0.6

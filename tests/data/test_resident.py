@@ -6,12 +6,14 @@ import pytest
 from fetal_flax.config import AugmentationConfig, DataConfig
 from fetal_flax.data import builders, hc18, pipeline
 from fetal_flax.data.augmentation import Transform, apply_transform, draw_transform, sampling_matrix
+from fetal_flax.data.foreground import foreground_pixels
 from fetal_flax.data.images import resize_image, resize_mask
 from fetal_flax.data.resident import (
     Plan,
     Resident,
     evaluation_plan,
     load_resident,
+    resident_foreground_pixels,
     take_batch,
     training_plans,
 )
@@ -50,6 +52,11 @@ def test_the_devices_hold_the_resized_records(dataset, resident):
         record = dataset.record(index)
         np.testing.assert_array_equal(resident.image[index], resize_image(record.image, SIZE))
         np.testing.assert_array_equal(255 * resident.mask[index], resize_mask(record.mask, SIZE))
+
+
+def test_foreground_is_what_the_host_counts(dataset, resident):
+    counts = resident_foreground_pixels(resident)
+    np.testing.assert_array_equal(counts, foreground_pixels(dataset, SIZE))
 
 
 @pytest.mark.parametrize("augmentation", [MOVING, STILL], ids=["moving", "still"])

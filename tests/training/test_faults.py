@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fetal_flax import checkpoints, cli
-from fetal_flax.data.pipeline import WorkerDiedError
+from fetal_flax.data.pipeline import DeviceBatches, WorkerDiedError
 from fetal_flax.errors import InputError, Interrupted, RunError
 from fetal_flax.files import locked
 from fetal_flax.training import loop
@@ -127,7 +127,7 @@ def test_dead_data_workers_are_replaced_once_per_step(
 ):
     dead = WorkerDiedError("killed")
     with monkeypatch.context() as patched:
-        at_call(patched, loop.Underway, "count", 3, lambda: raise_(dead))
+        at_call(patched, DeviceBatches, "__next__", 3, lambda: raise_(dead))
         loop.train(small_config(), tmp_path / "once")
     assert read_rows(tmp_path / "once") == read_rows(finished)
     monkeypatch.setattr(loop, "prefetch_to_device", lambda *_, **__: raise_(dead))

@@ -62,11 +62,11 @@ def _train(
     config: TrainConfig, batches: list[Batch], *, devices: int = 1, dtype: Any = jnp.float32
 ) -> Run:
     mesh = create_mesh(jax.devices()[:devices])
-    steps = create_steps(config, POS_WEIGHT, mesh)
+    steps = create_steps(config, mesh)
     state = create_state(config, _variables(config, dtype), mesh)
     metrics = []
     for batch in batches:
-        state, numbers = steps.train(state, batch)
+        state, numbers = steps.train(state, POS_WEIGHT, batch)
         metrics.append({name: float(number) for name, number in numbers.items()})
     return Run(state, metrics)
 
@@ -88,7 +88,7 @@ def _assert_identical(ours: dict, theirs: dict) -> None:
 @pytest.fixture(scope="module")
 def unet() -> tuple[Mesh, Steps]:
     mesh = create_mesh(jax.devices()[:2])
-    return mesh, create_steps(UNET, POS_WEIGHT, mesh)
+    return mesh, create_steps(UNET, mesh)
 
 
 def _assert_devices_agree_in_float64(config: TrainConfig, batches: list[Batch]) -> None:
@@ -136,7 +136,7 @@ def test_one_and_eight_devices_agree_on_the_default_network(make_batch):
     _assert_devices_agree_in_float32(DEFAULT, batches, devices=2)
 
 
-def test_a_step_is_traced_once_whatever_the_learning_rate(monkeypatch, make_batch):
+def test_a_step_is_traced_once_whatever_the_learning_rate_and_pos_weight(monkeypatch, make_batch):
     traced, apply = [], functional.apply
 
     def record(*arguments, **keywords):
@@ -145,12 +145,13 @@ def test_a_step_is_traced_once_whatever_the_learning_rate(monkeypatch, make_batc
 
     monkeypatch.setattr(functional, "apply", record)
     mesh = create_mesh(jax.devices()[:2])
-    steps = create_steps(UNET, POS_WEIGHT, mesh)
+    steps = create_steps(UNET, mesh)
     state = create_state(UNET, _variables(UNET), mesh)
-    for rate in (3e-3, 1e-3, 1e-4):
+    for rate, weight in ((3e-3, 1.0), (1e-3, 2.3), (1e-4, 200.0)):
         rates = {"main": jax.device_put(jnp.asarray(rate, jnp.float32), replicated(mesh))}
-        state, _ = steps.train(state._replace(learning_rates=rates), make_batch(4, 16, 16))
-        steps.evaluate(Variables(state.params, state.batch_stats), make_batch(4, 16, 16, seed=1))
+        state, _ = steps.train(state._replace(learning_rates=rates), weight, make_batch(4, 16, 16))
+        variables = Variables(state.params, state.batch_stats)
+        steps.evaluate(variables, weight, make_batch(4, 16, 16, seed=1))
     assert sorted(traced) == [False, True]
     assert int(state.step) == 3
 
@@ -160,7 +161,7 @@ def test_a_step_consumes_its_state_and_leaves_the_variables_alone(unet, make_bat
     variables = _variables(UNET)
     before = _host(variables)
     state = create_state(UNET, variables, mesh)
-    steps.train(state, make_batch(2, 16, 16))
+    steps.train(state, POS_WEIGHT, make_batch(2, 16, 16))
     assert all(array.is_deleted() for array in state.params.values())
     assert all(array.is_deleted() for array in state.batch_stats.values())
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
@@ -173,7 +174,7 @@ def test_loss_falls_on_a_fixed_batch(unet, make_batch):
     mesh, steps = unet
     state, falling = create_state(UNET, _variables(UNET), mesh), []
     for _ in range(5):
-        state, metrics = steps.train(state, make_batch(2, 16, 16))
+        state, metrics = steps.train(state, POS_WEIGHT, make_batch(2, 16, 16))
         falling.append(float(metrics["loss"]))
     assert falling == sorted(falling, reverse=True)
     assert falling[-1] < 0.95 * falling[0]
@@ -193,11 +194,11 @@ def test_metrics_and_statistics_are_those_of_the_batch(unet, train, make_batch):
     )
     dice = losses.hard_dice(logits, masks)
     if train:
-        state, metrics = steps.train(create_state(UNET, variables, mesh), batch)
+        state, metrics = steps.train(create_state(UNET, variables, mesh), POS_WEIGHT, batch)
         _assert_near(state.batch_stats, batch_stats, 1e-4)
         dice = dice.mean()
     else:
-        metrics = steps.evaluate(variables, batch)
+        metrics = steps.evaluate(variables, POS_WEIGHT, batch)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["dice"], dice, rtol=1e-5)
 
@@ -212,8 +213,8 @@ def test_padded_rows_of_an_evaluation_batch_change_nothing(unet, make_batch):
             np.array([True, True, False, False]),
             np.array([0, 1, -1, -1], np.int32),
         )
-        results.append(_host(steps.evaluate(variables, padded)))
-    alone = steps.evaluate(variables, batch)
+        results.append(_host(steps.evaluate(variables, POS_WEIGHT, padded)))
+    alone = steps.evaluate(variables, POS_WEIGHT, batch)
     for result in results:
         np.testing.assert_allclose(result["loss"], alone["loss"], rtol=1e-6)
         np.testing.assert_allclose(result["dice"][:2], alone["dice"], rtol=1e-6)
@@ -237,10 +238,10 @@ def _steps_with_encoder(
         variables.params[name] = array.at[..., 0].set(-0.0)
     before = _host(variables)
     mesh = create_mesh(jax.devices()[:1])
-    steps = create_steps(config, POS_WEIGHT, mesh)
+    steps = create_steps(config, mesh)
     state = create_state(config, variables, mesh)
     for seed in range(2):
-        state, _ = steps.train(state, make_batch(2, 32, 32, seed))
+        state, _ = steps.train(state, POS_WEIGHT, make_batch(2, 32, 32, seed))
     return before, _host(state)
 
 
@@ -283,12 +284,12 @@ def test_a_trainable_encoder_learns_at_its_own_rate(make_batch):
 def test_every_step_drops_out_differently_and_a_repeat_the_same(make_batch):
     config = TrainConfig(optimizer=OptimizerConfig(learning_rate=1e-30))
     mesh = create_mesh(jax.devices()[:1])
-    steps, variables = create_steps(config, POS_WEIGHT, mesh), _variables(config)
+    steps, variables = create_steps(config, mesh), _variables(config)
     runs = []
     for _ in range(2):
         state, runs = create_state(config, variables, mesh), [*runs, []]
         for _ in range(2):
-            state, metrics = steps.train(state, make_batch(2, 32, 32))
+            state, metrics = steps.train(state, POS_WEIGHT, make_batch(2, 32, 32))
             runs[-1].append(float(metrics["loss"]))
     assert runs[0] == runs[1]
     assert runs[0][0] != runs[0][1]

@@ -1,0 +1,35 @@
+"""What a start compiles ahead of its first step."""
+
+import jax
+import pytest
+
+from fetal_flax.errors import InputError
+from fetal_flax.models import functional
+from fetal_flax.training import loop
+from fetal_flax.training.startup import AheadOfTime
+
+
+def test_a_run_traces_its_training_step_once_and_ahead_of_time(small_config, tmp_path, monkeypatch):
+    apply, traced = functional.apply, []
+
+    def counted(*arguments, **keywords):
+        if keywords.get("train"):
+            traced.append(None)
+        return apply(*arguments, **keywords)
+
+    monkeypatch.setattr(functional, "apply", counted)
+    run = loop.prepare(small_config())
+    assert isinstance(run.train_step.compiled, jax.stages.Compiled)
+    assert run.train_step.seconds > 0
+    assert len(traced) == 1
+    loop.train(small_config(epochs=1), tmp_path / "run")
+    assert len(traced) == 2
+
+
+def test_what_is_wrong_with_a_step_is_said_where_it_is_called():
+    def refuse() -> jax.stages.Compiled:
+        raise InputError("images don't fit")
+
+    step = AheadOfTime(refuse)
+    with pytest.raises(InputError, match="don't fit"):
+        step()
