@@ -229,7 +229,9 @@ def _damage_named(directory: Path) -> Iterator[None]:
     """Turns what Orbax says of broken files into a sentence that names their place."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # Orbax raises plain Exceptions too.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{directory / FOLDER} is damaged ({reason[:200]}): restore it from a copy, or delete "
