@@ -231,7 +231,7 @@ def _damage_named(directory: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as error:  # Orbax raises plain Exceptions too.
+    except Exception as error:  # Of broken files, Orbax and TensorStore raise many kinds.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{directory / FOLDER} is damaged ({reason[:200]}): restore it from a copy, or delete "

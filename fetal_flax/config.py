@@ -7,6 +7,7 @@ checkpoints as JSON. Sections refer to the written description of the network
 """
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -30,6 +31,13 @@ _MOST_WORKERS = 1024
 def _require(condition: bool, field: str, rule: str, value: object) -> None:
     if not condition:
         raise InputError(f"setting {field} must be {rule}, not {printable(repr(value))}")
+
+
+def _require_home(field: str, path: str) -> None:
+    """Refuses the home of a user that this machine doesn't know."""
+    unknown = path.startswith("~") and path[1:2] not in ("", "/")
+    unknown = unknown and os.path.expanduser(path) == path
+    _require(not unknown, field, "a path in the home of a user who exists", path)
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -141,6 +149,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         _check(self, "encoder.")
+        _require_home("encoder.weights", self.weights)
         _require(bool(self.weights), "encoder.weights", "a name, a path or 'none'", self.weights)
         _require(self.learning_rate > 0, "encoder.learning_rate", "positive", self.learning_rate)
 
@@ -180,6 +189,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(self, "data.")
+        _require_home("data.data_dir", self.data_dir or "")
+        _require_home("data.cache_dir", self.cache_dir)
         _require(
             all(32 <= side <= _LARGEST_SIDE for side in self.image_size),
             "data.image_size",
