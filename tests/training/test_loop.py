@@ -231,3 +231,13 @@ def test_a_killed_run_ends_as_an_undisturbed_one(cache_dir, tmp_path):
     ):
         for name in theirs:
             np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", b"3", b"[]", b"\xff"]
+)
+def test_a_config_of_another_shape_is_refused(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"holds no run to resume|config (must|has no)") as error:
+        loop.read_config(tmp_path)
+    assert str(error.value).isprintable()
