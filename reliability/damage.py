@@ -225,10 +225,17 @@ def damage_folder(folder: Path, rng: random.Random) -> str:
     if not paths:
         return "nothing"
     path = rng.choice(paths)
+    with contextlib.suppress(OSError):  # Where damage before is in the way.
+        _damage_one_of(folder, path, rng)
+    return path.name
+
+
+def _damage_one_of(folder: Path, path: Path, rng: random.Random) -> None:
     match rng.randrange(10):
         case 0:
-            return damage_file(path, rng)
+            damage_file(path, rng)
         case 1:
+            (folder / hc18.CSV).unlink()  # It may be a pipe.
             (folder / hc18.CSV).write_bytes(odd_csv(rng, ["000_HC.png", "001_HC.png"]))
         case 2:
             path.write_bytes(_odd_png(path.read_bytes(), rng))
@@ -239,8 +246,7 @@ def damage_folder(folder: Path, rng: random.Random) -> str:
             odd = rng.choice(ends).format(
                 rng.choice(("9", "\u0663", "a", "\udcff", "9\n", "9" * 200))
             )
-            with contextlib.suppress(OSError):
-                path.rename(path.parent / odd)
+            path.rename(path.parent / odd)
         case 6:
             path.unlink()
             rng.choice((os.mkfifo, os.mkdir))(path)
@@ -252,7 +258,6 @@ def damage_folder(folder: Path, rng: random.Random) -> str:
             shutil.copy(path, path.with_name(f"{rng.randrange(1000):03}_HC_Annotation.png"))
         case 9:
             path.rename(folder / path.name)
-    return f"{path.name}"
 
 
 def _odd_png(data: bytes, rng: random.Random) -> bytes:
