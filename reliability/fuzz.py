@@ -91,6 +91,7 @@ class Campaign:
 
     def check(self, attempt: Callable[[], object], **facts: object) -> None:
         """Runs one input; the first must be accepted, else the others would tell nothing."""
+        # Until the next input is tried, lest making that one hangs.
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=self._stderr)
         start = time.perf_counter()
         outcome, problem = "accepted", ""
@@ -105,7 +106,6 @@ class Campaign:
             place = f"{Path(frame.filename).name}:{frame.lineno}"
             problem = f"{type(error).__name__} in {place}: {ascii(str(error))[:150]}"
         self._slowest = max(self._slowest, time.perf_counter() - start)
-        faulthandler.cancel_dump_traceback_later()
         number = self._counts.total()
         self._counts["wrong" if problem else outcome] += 1
         if problem:
@@ -415,6 +415,7 @@ def _run(name: str, inputs: int, seed: int, answer: multiprocessing.connection.C
         with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
             TARGETS[name](campaign, inputs, random.Random(seed), Path(folder))
     finally:
+        faulthandler.cancel_dump_traceback_later()
         os.dup2(stderr, 2)  # For what is wrong with this script.
     answer.send(campaign.row(name))
 
