@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from fetal_flax.config import ModelConfig, from_dict, to_dict
-from fetal_flax.errors import InputError
+from fetal_flax.errors import InputError, printable
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
@@ -309,9 +309,9 @@ def _damage_named(directory: Path, number: int | None = None) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # Of broken files, Orbax and TensorStore raise many kinds.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition("See full TensorStore")[0].strip() or type(error).__name__
         raise DamagedError(
-            f"{folder} is damaged ({reason[:200]}): restore it from a copy, or move it away to "
+            f"{folder} is damaged ({printable(reason.splitlines()[0])}): restore it from a copy, or move it away to "
             "fall back on another"
         ) from error
 

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ import tyro
 
 from fetal_flax.compilation_cache import keep_compilations
 from fetal_flax.config import DataConfig, ModelConfig, TestTimeAugmentation, TrainConfig
-from fetal_flax.errors import InputError, Interrupted, RunError
+from fetal_flax.errors import InputError, Interrupted, RunError, printable
 from fetal_flax.parity.settings import ParitySettings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -384,6 +385,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"fetal-flax {name}: {str(error) or 'stopped before the first step'}", file=sys.stderr
         )
         return 75
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A name that is too long, a folder that may not be entered, a disk that is full.
+        print(
+            f"fetal-flax {name}: can't use {error.filename} ({error.strerror}): choose another "
+            "path or make this one usable",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         return 130
 
@@ -400,9 +411,22 @@ def load_config(path: Path) -> TrainConfig:
     if spec is None or spec.loader is None:
         raise InputError(f"--config {path} is no Python file: give one such as configs/hc18.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    make: Callable[[], object] | None = getattr(module, "config", None)
-    config = make() if make else None
+    try:
+        spec.loader.exec_module(module)
+        make: Callable[[], object] | None = getattr(module, "config", None)
+        config = make() if callable(make) else None
+    except InputError:
+        raise
+    except Exception as error:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(path)
+        ]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = f" in line {line}" if line else ""
+        reason = printable(f"{type(error).__name__}: {error}")
+        raise InputError(f"--config {path} fails{where} ({reason}): correct it") from error
     if not isinstance(config, TrainConfig):
         raise InputError(f"--config {path} has no function config() that returns a TrainConfig")
     return config

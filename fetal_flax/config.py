@@ -7,21 +7,85 @@ checkpoints as JSON. Sections refer to the written description of the network
 """
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from fetal_flax.errors import InputError
+from fetal_flax.errors import InputError, printable
 
 Config = typing.TypeVar("Config")
 TestTimeAugmentation = Literal["none", "flip"]
 """How often the network sees an image: once, or its mirror image too."""
 
 
+_LARGEST_COUNT = 2**31 - 1
+_FLOAT32 = (1.2e-38, 3.4e38)  # Smallest normal and largest; XLA takes what is smaller for 0.
+_LONGEST_TEXT = 1000
+_LARGEST_SIDE = 4096  # Of an image in pixels.
+_MOST_CHANNELS = 4096
+_MOST_WORKERS = 1024
+
+
 def _require(condition: bool, field: str, rule: str, value: object) -> None:
     if not condition:
-        raise InputError(f"setting {field} must be {rule}, not {value!r}")
+        raise InputError(f"setting {field} must be {rule}, not {printable(repr(value))}")
+
+
+def _require_home(field: str, path: str) -> None:
+    """Refuses the home of a user that this machine doesn't know."""
+    unknown = path.startswith("~") and path[1:2] not in ("", "/")
+    unknown = unknown and os.path.expanduser(path) == path
+    _require(not unknown, field, "a path in the home of a user who exists", path)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """Returns `value` as the type `hint` asks for, or raises InputError naming `path`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, type) and type(value) is hint and dataclasses.is_dataclass(hint):
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_dict(typing.cast(type, hint), value, path=path)
+    # True == 1 == 1.0, so equality alone is not enough.
+    if origin is Literal and any(type(value) is type(a) and value == a for a in arguments):
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
+        return tuple(_convert(h, v, path) for h, v in zip(arguments, value, strict=True))
+    if origin in (typing.Union, types.UnionType):
+        for alternative in arguments:
+            try:
+                return _convert(alternative, value, path)
+            except InputError:
+                continue
+    if hint is types.NoneType and value is None:
+        return None
+    if hint is float and type(value) is int and abs(value) < _FLOAT32[1]:
+        return float(value)
+    if hint in (int, float, str, bool) and type(value) is hint:
+        return value
+    raise InputError(f"{path} can't be {printable(repr(value))}: expected {hint}")
+
+
+def _check(section: Any, path: str = "") -> None:
+    """Refuses a value of another type than its field's, and one that no field can use.
+
+    A `configs/NAME.py` may set anything, and each comparison with NaN, infinity or a number that
+    float32 doesn't hold may succeed.
+    """
+    for name, hint in typing.get_type_hints(type(section)).items():
+        value, field = getattr(section, name), path + name
+        _convert(hint, value, field)
+        for part in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(part, str):
+                usable = part.isprintable() and len(part) <= _LONGEST_TEXT
+                _require(usable, field, f"printable and up to {_LONGEST_TEXT} characters", part)
+            elif isinstance(part, float):
+                usable = part == 0 or _FLOAT32[0] <= abs(part) <= _FLOAT32[1]
+                _require(usable, field, "a finite number that float32 holds", part)
+            elif isinstance(part, int) and name != "seed":
+                usable = abs(part) <= _LARGEST_COUNT
+                _require(usable, field, f"at most {_LARGEST_COUNT}", part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +109,21 @@ class ModelConfig:
     """Dtype of the convolutions; parameters, statistics, loss and metrics stay float32."""
 
     def __post_init__(self) -> None:
+        _check(self, "model.")
         _require(self.in_channels in (1, 3), "model.in_channels", "1 or 3", self.in_channels)
         _require(
-            self.aspp_width is None or self.aspp_width >= 1,
+            self.aspp_width is None or 1 <= self.aspp_width <= _MOST_CHANNELS,
             "model.aspp_width",
-            "a positive number of channels or None",
+            f"1 to {_MOST_CHANNELS} channels or None",
             self.aspp_width,
         )
         _require(0 <= self.dropout < 1, "model.dropout", "in [0, 1)", self.dropout)
-        _require(self.base_width >= 1, "model.base_width", "positive", self.base_width)
+        _require(
+            1 <= self.base_width <= _MOST_CHANNELS,
+            "model.base_width",
+            f"1 to {_MOST_CHANNELS} channels",
+            self.base_width,
+        )
 
     @property
     def title(self) -> str:
@@ -78,6 +148,8 @@ class EncoderConfig:
     statistics and keep them, or with the batch's and drift, as the published code does."""
 
     def __post_init__(self) -> None:
+        _check(self, "encoder.")
+        _require_home("encoder.weights", self.weights)
         _require(bool(self.weights), "encoder.weights", "a name, a path or 'none'", self.weights)
         _require(self.learning_rate > 0, "encoder.learning_rate", "positive", self.learning_rate)
 
@@ -116,10 +188,13 @@ class DataConfig:
     """Batches prepared ahead of the training step."""
 
     def __post_init__(self) -> None:
+        _check(self, "data.")
+        _require_home("data.data_dir", self.data_dir or "")
+        _require_home("data.cache_dir", self.cache_dir)
         _require(
-            len(self.image_size) == 2 and all(side >= 32 for side in self.image_size),
+            all(32 <= side <= _LARGEST_SIDE for side in self.image_size),
             "data.image_size",
-            "a height and a width of at least 32",
+            f"a height and a width of 32 to {_LARGEST_SIDE}",
             self.image_size,
         )
         _require(
@@ -132,9 +207,9 @@ class DataConfig:
         _require(0 <= self.fold < max(self.folds, 1), "data.fold", "below data.folds", self.fold)
         _require(self.phantom_count >= 2, "data.phantom_count", "at least 2", self.phantom_count)
         _require(
-            len(self.phantom_size) == 2 and all(side >= 64 for side in self.phantom_size),
+            all(64 <= side <= _LARGEST_SIDE for side in self.phantom_size),
             "data.phantom_size",
-            "a height and a width of at least 64",
+            f"a height and a width of 64 to {_LARGEST_SIDE}",
             self.phantom_size,
         )
         _require(
@@ -144,7 +219,10 @@ class DataConfig:
             self.steps_per_dispatch,
         )
         _require(
-            self.workers is None or self.workers >= 0, "data.workers", "0 or more", self.workers
+            self.workers is None or 0 <= self.workers <= _MOST_WORKERS,
+            "data.workers",
+            f"0 to {_MOST_WORKERS} or None",
+            self.workers,
         )
         _require(self.prefetch >= 1, "data.prefetch", "at least 1", self.prefetch)
 
@@ -167,6 +245,7 @@ class AugmentationConfig:
     """Share of images rotated; the same share, drawn independently, scaled, and shifted."""
 
     def __post_init__(self) -> None:
+        _check(self, "augmentation.")
         for field in ("flip_probability", "affine_probability"):
             value = getattr(self, field)
             _require(0 <= value <= 1, f"augmentation.{field}", "in [0, 1]", value)
@@ -192,6 +271,7 @@ class LossConfig:
     """Whether Dice is computed per image and averaged, or once over the batch."""
 
     def __post_init__(self) -> None:
+        _check(self, "loss.")
         _require(self.dice_weight >= 0, "loss.dice_weight", "0 or more", self.dice_weight)
         _require(self.bce_weight >= 0, "loss.bce_weight", "0 or more", self.bce_weight)
         _require(
@@ -203,7 +283,7 @@ class LossConfig:
         _require(self.smoothing > 0, "loss.smoothing", "positive", self.smoothing)
         _require(
             self.pos_weight == "auto"
-            or (isinstance(self.pos_weight, (int, float)) and self.pos_weight > 0),
+            or (not isinstance(self.pos_weight, str) and self.pos_weight > 0),
             "loss.pos_weight",
             "a positive number or 'auto'",
             self.pos_weight,
@@ -226,6 +306,7 @@ class OptimizerConfig:
     """L2 coefficient, added to the gradient before the moments; this is not AdamW."""
 
     def __post_init__(self) -> None:
+        _check(self, "optimizer.")
         _require(self.learning_rate > 0, "optimizer.learning_rate", "positive", self.learning_rate)
         _require(0 <= self.beta1 < 1, "optimizer.beta1", "in [0, 1)", self.beta1)
         _require(0 <= self.beta2 < 1, "optimizer.beta2", "in [0, 1)", self.beta2)
@@ -256,6 +337,7 @@ class ScheduleConfig:
     it and its batch saved, or change nothing and be counted."""
 
     def __post_init__(self) -> None:
+        _check(self, "schedule.")
         _require(self.epochs >= 1, "schedule.epochs", "at least 1", self.epochs)
         _require(self.batch_size >= 1, "schedule.batch_size", "at least 1", self.batch_size)
         _require(0 < self.factor < 1, "schedule.factor", "between 0 and 1", self.factor)
@@ -294,8 +376,9 @@ class TrainConfig:
     schedule: ScheduleConfig = ScheduleConfig()
 
     def __post_init__(self) -> None:
+        _check(self)
         _require(bool(self.name), "name", "a non-empty name", self.name)
-        _require(self.seed >= 0, "seed", "0 or more", self.seed)
+        _require(0 <= self.seed < 2**32, "seed", "0 or more and below 2^32", self.seed)
         divisor = 16 if self.model.name == "unet" else 32
         _require(
             all(side % divisor == 0 for side in self.data.image_size),
@@ -322,34 +405,12 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], *, path: str = "conf
         InputError: A field is unknown, or a value is not of the field's type or range.
     """
     hints = typing.get_type_hints(cls)
+    if not isinstance(values, Mapping):
+        raise InputError(f"{path} must hold the settings {', '.join(hints)}")
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise InputError(f"{path} has no setting {', '.join(unknown)}; it has {', '.join(hints)}")
+        named = printable(", ".join(unknown))
+        raise InputError(f"{path} has no setting {named}; it has {', '.join(hints)}")
     return cls(
         **{name: _convert(hints[name], value, f"{path}.{name}") for name, value in values.items()}
     )
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """Returns `value` as the type `hint` asks for, or raises InputError naming `path`."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_dict(typing.cast(type, hint), value, path=path)
-    # True == 1 == 1.0, so equality alone is not enough.
-    if origin is Literal and any(type(value) is type(a) and value == a for a in arguments):
-        return value
-    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
-        return tuple(_convert(h, v, path) for h, v in zip(arguments, value, strict=True))
-    if origin in (typing.Union, types.UnionType):
-        for alternative in arguments:
-            try:
-                return _convert(alternative, value, path)
-            except InputError:
-                continue
-    if hint is types.NoneType and value is None:
-        return None
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint in (int, float, str, bool) and type(value) is hint:
-        return value
-    raise InputError(f"{path} can't be {value!r}: expected {hint}")

@@ -1,4 +1,4 @@
-"""The exceptions that the command line turns into one sentence and an exit code."""
+"""The exceptions that become one sentence and an exit code, and what a sentence may quote."""
 
 
 class InputError(Exception):
@@ -21,3 +21,9 @@ class Interrupted(Exception):  # noqa: N818  It is a request, not an error.
 
     75 is `EX_TEMPFAIL` of sysexits.h: try again later.
     """
+
+
+def printable(text: str) -> str:
+    """Returns text from a file on one line, without control characters and not endless."""
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 100 else text[:100] + "…"

@@ -428,7 +428,7 @@ def table(rows: list[Row]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Runs the campaign; 1 if a run was lost or changed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Faults of every kind against real trainings.")
     parser.add_argument("--kills", type=int, default=200, help="SIGKILLs of the small network")
     parser.add_argument("--described-kills", type=int, default=8)
     parser.add_argument("--terms", type=int, default=20, help="SIGTERMs")

@@ -22,6 +22,9 @@ def test_an_unknown_command_is_bad_input(capsys):
         (["train", "--schedule.epochs", "0"], "schedule.epochs"),
         (["train", "--data.image-size", "100", "100"], "data.image_size"),
         (["train", "--config", "missing.py"], "missing.py"),
+        (["train", "--config", "x" * 300], "File name too long"),
+        (["train", "--seed", "99999999999999999999"], "seed must be 0 or more and below 2^32"),
+        (["train", "--optimizer.learning-rate", "inf"], "optimizer.learning_rate must be a finite"),
         (["train", "--encoder.weights", "missing.pth"], "missing.pth"),
         (["convert", "--source", "missing.pth", "--output", "out"], "missing.pth"),
         (["evaluate", "--checkpoint", "missing", "--output", "out"], "missing"),
@@ -52,6 +55,31 @@ def test_flags_override_the_config(tmp_path):
     assert command.settings.seed == 7
     assert command.settings.model.name == "unet"
     assert command.settings.loss.pos_weight == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("import nothing_like_this", "in line 1 (ModuleNotFoundError: No module named"),
+        ("x = 1\ndef config(:", "in line 2 (SyntaxError: invalid syntax"),
+        ("def config():\n    raise ValueError('a\\nb')", "in line 2 ('ValueError: a\\nb')"),
+        ("def config(x): return x", "(TypeError: config() missing"),
+        ("def config(): return config()", "in line 1 (RecursionError"),
+        ("x = '\0'", "(SyntaxError: source code string cannot contain null bytes"),
+        ("config = 3", "has no function config()"),
+        ("def config(): return 3", "has no function config()"),
+        (
+            "from fetal_flax.config import *\ndef config(): return TrainConfig(seed=-1)",
+            "setting seed must be 0 or more",
+        ),
+    ],
+)
+def test_a_config_file_that_fails_is_named(content, named, capsys, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(content)
+    assert cli.main(["train", "--config", str(path)]) == 2
+    printed = capsys.readouterr().err
+    assert named in printed and len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["phantom", "hc18", "hc18_described", "baseline_unet"])

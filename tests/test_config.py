@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import math
+import typing
 
 import pytest
 
@@ -80,6 +82,12 @@ def test_integers_become_floats_where_floats_are_meant():
         ({"data": {"image_size": 256}}, "config.data.image_size"),
         ({"loss": {"pos_weight": "automatic"}}, "config.loss.pos_weight"),
         ({"loss": {"dice_over": "pixel"}}, "config.loss.dice_over"),
+        ({"optimizer": {"l2": 10**400}}, "config.optimizer.l2 can't be 1000"),
+        ([], "config must hold the settings name, seed"),
+        (3, "config must hold the settings"),
+        ({"": 1}, "config has no setting ; it has"),
+        ({"a\x1b[31m\nb": 1}, "config has no setting 'a\\x1b[31m\\nb';"),
+        ({"model": {"name": "x" * 10_000}}, "xxx…"),
     ],
     ids=str,
 )
@@ -87,13 +95,31 @@ def test_unknown_fields_and_wrong_types_are_named(values, named):
     with pytest.raises(InputError) as error:
         from_dict(TrainConfig, values)
     assert named in str(error.value)
+    assert str(error.value).isprintable() and len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize(
     "values",
     [
         {"name": ""},
+        {"name": "a\nb"},
+        {"name": "\ud800"},
+        {"name": "x" * 1001},
         {"seed": -1},
+        {"seed": 2**32},
+        {"model": {"aspp_width": 4097}},
+        {"model": {"base_width": 4097}},
+        {"encoder": {"weights": "a\0b"}},
+        {"encoder": {"weights": "~nobody-at-all/x.pth"}},
+        {"data": {"data_dir": "~nobody-at-all"}},
+        {"data": {"cache_dir": "~nobody-at-all/x"}},
+        {"data": {"image_size": [32, 4128]}},
+        {"data": {"phantom_size": [64, 4097]}},
+        {"data": {"workers": 1025}},
+        {"data": {"prefetch": 2**31}},
+        {"schedule": {"epochs": 10**30}},
+        {"encoder": {"learning_rate": 1e39}},
+        {"loss": {"smoothing": 1e-320}},
         {"model": {"aspp_width": 0}},
         {"model": {"dropout": 1.0}},
         {"model": {"dropout": -0.1}},
@@ -141,11 +167,27 @@ def test_values_out_of_range_are_named(values):
         from_dict(TrainConfig, values)
 
 
-def test_nan_is_out_of_every_range():
-    nan = float("nan")
-    for values in ({"optimizer": {"learning_rate": nan}}, {"loss": {"pos_weight": nan}}):
-        with pytest.raises(InputError, match="must be"):
-            from_dict(TrainConfig, values)
+SECTIONS = [value for value in vars(DEFAULT).values() if dataclasses.is_dataclass(value)]
+FLOATS = [
+    (type(section), name)
+    for section in SECTIONS
+    for name, hint in typing.get_type_hints(type(section)).items()
+    if float in (hint, *typing.get_args(hint))
+]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("section", "field"), FLOATS)
+def test_no_setting_takes_nan_or_infinity(section, field, value):
+    with pytest.raises(InputError, match=rf"^setting \w+\.{field} must be "):
+        section(**{field: value})
+
+
+def test_a_config_of_another_type_is_refused_where_a_file_makes_it():
+    with pytest.raises(InputError, match=r"seed can't be 'x': expected"):
+        TrainConfig(seed="x")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match=r"data\.image_size can't be"):
+        DataConfig(image_size=64)  # pyright: ignore[reportArgumentType]
 
 
 def test_both_loss_weights_may_not_be_zero():

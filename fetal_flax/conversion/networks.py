@@ -10,8 +10,8 @@ from fetal_flax import checkpoints
 from fetal_flax.config import ModelConfig
 from fetal_flax.conversion.tables import ENCODER, TABLES, find
 from fetal_flax.conversion.torch_file import read_state_dict
-from fetal_flax.conversion.transfer import from_torch, is_float, printable
-from fetal_flax.errors import InputError
+from fetal_flax.conversion.transfer import from_torch, is_float
+from fetal_flax.errors import InputError, printable
 from fetal_flax.models import functional
 from fetal_flax.models.aspp import POOL_GROUPS
 from fetal_flax.models.functional import Variables

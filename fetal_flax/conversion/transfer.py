@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fetal_flax.conversion.tables import IGNORED, Table, Tensors, find, find_inverse
-from fetal_flax.errors import InputError
+from fetal_flax.errors import InputError, printable
 from fetal_flax.models.functional import Variables
 
 
@@ -78,12 +78,6 @@ def to_torch(variables: Variables, table: Table) -> Tensors:
             torch_name, layout = target
             tensors[torch_name] = np.ascontiguousarray(layout.to_torch(np.asarray(array)))
     return tensors
-
-
-def printable(name: str) -> str:
-    """Returns a name from a file on one line, without control characters and not endless."""
-    text = name if name.isprintable() else repr(name)
-    return text if len(text) <= 100 else text[:100] + "…"
 
 
 def is_float(array: np.ndarray) -> bool:

@@ -28,7 +28,7 @@ from fetal_flax.data.images import read_gray
 from fetal_flax.data.masks import fill_outline
 from fetal_flax.data.workers import available_cpus
 from fetal_flax.download import fetch
-from fetal_flax.errors import InputError
+from fetal_flax.errors import InputError, printable
 
 IMAGES = "training_set"
 CSV = "training_set_pixel_size_and_HC.csv"
@@ -44,6 +44,7 @@ _FILES = {
 _IMAGE_NAME = re.compile(r"(\d+)_\d*HC\.png")
 _COLUMNS = ("filename", "pixel size(mm)", "head circumference (mm)")
 _PROBLEMS_NAMED = 10
+_MOST_MM = 1000  # No pixel and no head is that large.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ def read_pixel_sizes(csv_path: Path) -> dict[str, float]:
         try:
             sizes[name] = _positive(row, _COLUMNS[1], csv_path.name)
         except InputError as error:
-            problems.append(f"{name} {error}")
+            problems.append(f"{printable(name)} {error}")
     if problems:
         raise InputError(f"{csv_path}: {'; '.join(problems[:_PROBLEMS_NAMED])}")
     return sizes
@@ -147,8 +148,12 @@ def fingerprint(folder: Path | str) -> str:
     images, csv_path = _locate(Path(folder))
     digest = hashlib.sha256(csv_path.read_bytes())
     for entry in sorted(os.scandir(images), key=lambda entry: entry.name):
-        facts = entry.stat()
-        digest.update(f"{entry.name}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
+        try:
+            facts = entry.stat()
+        except OSError:  # A link to nowhere; an image of such a name is refused later.
+            facts = entry.stat(follow_symlinks=False)
+        # Names need not be UTF-8.
+        digest.update(os.fsencode(f"{entry.name}\0{facts.st_size}\0{facts.st_mtime_ns}\n"))
     return digest.hexdigest()[:16]
 
 
@@ -197,6 +202,8 @@ def _read_rows(
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Returns the CSV's rows by file name, and what is wrong with them."""
     try:
+        if path.exists() and not path.is_file():  # A pipe would wait for ever.
+            raise InputError(f"can't read {path}: give a regular file")
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = [name for name in columns if name not in (reader.fieldnames or ())]
@@ -204,9 +211,10 @@ def _read_rows(
                 raise InputError(f"{path} has no column {', '.join(map(repr, missing))}")
             rows, problems = {}, []
             for row in reader:
-                if row["filename"] in rows:
-                    problems.append(f"{row['filename']} has two rows in {path.name}")
-                rows[row["filename"]] = row
+                name = row["filename"] or ""  # None where the row is too short.
+                if name in rows:
+                    problems.append(f"{printable(name)} has two rows in {path.name}")
+                rows[name] = row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"can't read {path}: {error}") from None
     return rows, problems
@@ -224,14 +232,15 @@ def _record(path: Path, examination: str, rows: dict[str, dict[str, str]]) -> HC
 
 
 def _positive(row: dict[str, str], column: str, csv_name: str = CSV) -> float:
-    """Returns a column of a row of the CSV as a positive number."""
+    """Returns a column of a row of the CSV as a positive number of millimetres."""
     try:
         value = float(row[column])
     except (TypeError, ValueError):
         value = math.nan
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < _MOST_MM:
         raise InputError(
-            f"has {row[column]!r} as its {column} in {csv_name}, not a positive number"
+            f"has {printable(repr(row[column]))} as its {column} in {csv_name}, not a positive "
+            f"number below {_MOST_MM}"
         )
     return value
 

@@ -10,7 +10,7 @@ import rich.progress
 from fetal_flax.data import dicom
 from fetal_flax.data.hc18 import read_pixel_sizes
 from fetal_flax.data.images import check_is_file, read_gray
-from fetal_flax.errors import InputError
+from fetal_flax.errors import InputError, printable
 from fetal_flax.inference.predictor import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", *dicom.SUFFIXES)
@@ -67,7 +67,7 @@ def pixel_sizes(paths: Sequence[Path], csv_path: Path | None) -> Mapping[str, fl
         return {}
     sizes = read_pixel_sizes(csv_path)
     missing = [
-        path.name
+        printable(path.name)
         for path in paths
         if path.name not in sizes and path.is_file() and not dicom.is_dicom(path)
     ]

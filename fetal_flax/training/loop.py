@@ -356,9 +356,9 @@ def read_config(workdir: Path) -> TrainConfig:
     """
     try:
         values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return from_dict(TrainConfig, values)
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{workdir} holds no run to resume ({error})") from None
-    return from_dict(TrainConfig, values)
 
 
 class Training(NamedTuple):

@@ -150,3 +150,13 @@ def test_a_missing_encoder_stops_before_anything_is_written(small_config, tmp_pa
 def test_a_batch_that_devices_cannot_share_is_refused(small_config, tmp_path):
     with pytest.raises(InputError, match="batch_size"):
         loop.train(small_config(batch_size=12), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", b"3", b"[]", b"\xff"]
+)
+def test_a_config_of_another_shape_is_refused(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"holds no run to resume|config (must|has no)") as error:
+        loop.read_config(tmp_path)
+    assert str(error.value).isprintable()
