@@ -310,9 +310,10 @@ def _damage_named(directory: Path, number: int | None = None) -> Iterator[None]:
         raise
     except Exception as error:  # Of broken files, Orbax and TensorStore raise many kinds.
         reason = str(error).partition("See full TensorStore")[0].strip() or type(error).__name__
+        reason = printable(reason.splitlines()[0])
         raise DamagedError(
-            f"{folder} is damaged ({printable(reason.splitlines()[0])}): restore it from a copy, or move it away to "
-            "fall back on another"
+            f"{folder} is damaged ({reason}): restore it from a copy, or move it away to fall back "
+            "on another"
         ) from error
 
 

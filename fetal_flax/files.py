@@ -7,7 +7,7 @@ import fcntl
 import io
 import json
 import os
-import socket
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
                 "it, or choose another folder"
             ) from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
         yield
 

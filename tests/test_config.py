@@ -23,6 +23,7 @@ DEFAULT = TrainConfig()
 CHANGED = TrainConfig(
     name="other",
     seed=7,
+    deterministic=True,
     model=ModelConfig(
         name="unet", variant="published", in_channels=3, aspp_width=64, base_width=8, dropout=0.0
     ),
@@ -31,7 +32,7 @@ CHANGED = TrainConfig(
     augmentation=AugmentationConfig(enabled=False),
     loss=LossConfig(pos_weight=2.5, dice_over="batch"),
     optimizer=OptimizerConfig(l2=0.0),
-    schedule=ScheduleConfig(epochs=1, min_learning_rate=0.0),
+    schedule=ScheduleConfig(epochs=1, min_learning_rate=0.0, non_finite="skip"),
 )
 
 

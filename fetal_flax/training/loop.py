@@ -253,11 +253,12 @@ def train(
 
 @contextlib.contextmanager
 def _held(workdir: Path) -> Iterator[None]:
-    """Keeps other trainings out of `workdir`, and a folder that nothing was written to away."""
+    """Keeps other trainings out of `workdir`, and leaves no folder that nothing was written to."""
     if not is_first():
         yield
         return
     lock = workdir / ".lock"
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(lock, wait=False))
@@ -270,7 +271,8 @@ def _held(workdir: Path) -> Iterator[None]:
         finally:
             if [path.name for path in workdir.iterdir()] == [lock.name]:
                 lock.unlink()
-                workdir.rmdir()
+                for folder in made:
+                    folder.rmdir()
 
 
 @contextlib.contextmanager
