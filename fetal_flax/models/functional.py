@@ -30,8 +30,8 @@ class Variables(NamedTuple):
     batch_stats: Arrays
 
 
-def create(config: ModelConfig, seed: int) -> Network:
-    """Returns a freshly initialised network, as the module that it is."""
+def create(config: ModelConfig, seed: int | None) -> Network:
+    """Returns a freshly initialised network, as the module that it is; None draws nothing."""
     return create_network(config, rngs=cast(nnx.Rngs, HostRngs(seed)))
 
 
@@ -132,7 +132,7 @@ class _Structure(NamedTuple):
 @functools.lru_cache
 def _structure(config: ModelConfig, *, folded: bool = False) -> _Structure:
     def build() -> Network:
-        network = create(config, seed=0)
+        network = create(config, seed=None)
         if folded:
             folding.fold(network)
         return network

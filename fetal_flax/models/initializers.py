@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
@@ -42,13 +43,13 @@ class HostRngs:
     Folded in one by one, as Flax does it, they take as long as all else of building a network.
 
     Args:
-        seed: Seeds the stream.
+        seed: Seeds the stream; None is for a trace that only wants shapes, and draws nothing.
     """
 
-    def __init__(self, seed: int):
-        self._keys = _keys(seed)
+    def __init__(self, seed: int | None):
+        self._keys = itertools.repeat(None) if seed is None else _keys(seed)
 
-    def params(self) -> UInt32[np.ndarray, " words"]:
+    def params(self) -> UInt32[np.ndarray, " words"] | None:
         """Returns the next key."""
         return next(self._keys)
 
@@ -70,8 +71,10 @@ def _fold_in(key: Array, counts: Array) -> Array:
 
 def _host(draw: Callable[[np.random.Generator, Sequence[int]], np.ndarray]) -> nnx.Initializer:
     def initialize(
-        key: np.ndarray | Array, shape, dtype: DTypeLike = np.float32, out_sharding=None
+        key: np.ndarray | Array | None, shape, dtype: DTypeLike = np.float32, out_sharding=None
     ) -> Array:
+        if key is None:
+            return jnp.zeros(shape, dtype)
         seed = np.asarray(key if isinstance(key, np.ndarray) else jax.random.key_data(key))
         # jnp.asarray would compile a program for each shape.
         return jax.device_put(draw(np.random.default_rng(seed), shape).astype(dtype))
