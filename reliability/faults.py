@@ -60,6 +60,10 @@ def config():
 
 def child(arguments: list[str]) -> int:
     """Trains as `fetal-flax train` does, and says on stdout which phase it enters."""
+    from fetal_flax.compilation_cache import keep_compilations
+    from fetal_flax.config import DataConfig
+
+    keep_compilations(DataConfig.cache_dir)  # Before anything imports JAX.
     from fetal_flax import checkpoints, cli
     from fetal_flax.training import loop
 
@@ -224,7 +228,8 @@ def latest(workdir: Path) -> Path:
 def signals(
     campaign: Campaign, config: str, number: signal.Signals, faults: int, per_run: int, jobs: int
 ) -> list[Row]:
-    """Hits runs with a signal in every phase, `per_run` times each."""
+    """Hits runs with a signal in every phase, up to `per_run` times each."""
+    per_run = min(per_run, faults)
     rows = {phase: Row(f"{number.name} in {phase}, {config} network") for phase in PHASES}
     longest = 0.0
     lock = threading.Lock()
@@ -377,38 +382,65 @@ def killed_worker(campaign: Campaign, count: int) -> Row:
     return row
 
 
-def killed_process(campaign: Campaign, count: int) -> Row:
-    """Kills one of two processes that train together; the other one has to end, too."""
-    row = Row("one of two processes killed")
+def together(campaign: Campaign, workdir: Path, count: int) -> list[Process]:
+    """Starts processes of a device each that train as one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    flags = ("--distributed", "--coordinator", coordinator, "--process-count", str(count))
+    return [
+        campaign.start("small", workdir, *flags, "--process-id", str(i), JAX_NUM_CPU_DEVICES="1")
+        for i in range(count)
+    ]
+
+
+def processes_against_one(campaign: Campaign, count: int) -> Row:
+    """Compares processes of a device each with one process that has all the devices."""
+    row = Row(f"none: {count} processes against one with {count} devices", runs=1)
+    one, many = (campaign.folder / f"{name}-{count}" for name in ("devices", "processes"))
+    ended = [campaign.start("small", one, JAX_NUM_CPU_DEVICES=str(count)).wait()]
+    ended += [process.wait() for process in together(campaign, many, count)]
+    if any(process.code for process in ended):
+        row.lost = 1
+        row.notes.append(str(ended))
+        return row
+    rows = [result(workdir)[0] for workdir in (one, many)]
+    largest = max(
+        abs(float(ours[name]) - float(theirs[name]))
+        for ours, theirs in zip(*rows, strict=True)
+        for name in theirs
+    )
+    same = result(one) == result(many)
+    row.notes.append("bit for bit" if same else f"metrics differ by at most {largest:.1e}")
+    # Sums of four and more may be taken in another order.
+    row.changed = int(largest > 1e-4)
+    return row
+
+
+def one_of_two(campaign: Campaign, number: signal.Signals, count: int) -> Row:
+    """Sends a signal to one of two processes; the other one has to end, too."""
+    row = Row(f"{number.name} to one of two processes")
     reference = campaign.folder / "undisturbed-two"
+    if not reference.exists():
+        for process in together(campaign, reference, 2):
+            assert process.wait().code == 0
     waited = []
-
-    def two(workdir: Path) -> list[Process]:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            coordinator = f"localhost:{free.getsockname()[1]}"
-        flags = ("--distributed", "--coordinator", coordinator, "--process-count", "2")
-        return [
-            campaign.start("small", workdir, *flags, "--process-id", id_, JAX_NUM_CPU_DEVICES="1")
-            for id_ in ("0", "1")
-        ]
-
-    for process in two(reference):
-        assert process.wait().code == 0
     for index in range(count):
-        workdir = campaign.folder / f"two-{index}"
-        processes = two(workdir)
+        workdir = campaign.folder / f"{number.name}-two-{index}"
+        processes = together(campaign, workdir, 2)
         processes[0].reach("step", 5)
         for position, process in enumerate(processes):
-            process.hit(signal.SIGKILL if position == index % 2 else 0)
-        for process in processes:
-            waited.append(process.wait().seconds)
+            process.hit(number if position == index % 2 else 0)
+        ended = [process.wait() for process in processes]
+        waited += [process.seconds for process in ended]
+        if number != signal.SIGKILL and {process.code for process in ended} != {INTERRUPTED}:
+            row.notes.append(f"exit codes {[process.code for process in ended]}")
         row.faults += 1
-        codes = [process.wait().code for process in two(workdir)]
+        codes = [process.wait().code for process in together(campaign, workdir, 2)]
         row.runs += 1
         row.lost += any(codes)
         row.changed += not any(codes) and result(workdir) != result(reference)
-    row.notes.append(f"the other ended after at most {max(waited):.0f} s")
+    row.notes.append(f"both ended after at most {max(waited):.0f} s")
     return row
 
 
@@ -435,7 +467,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--damages", type=int, default=40, help="damaged checkpoint files")
     parser.add_argument("--full-disks", type=int, default=20)
     parser.add_argument("--workers", type=int, default=4, help="data workers killed")
-    parser.add_argument("--processes", type=int, default=2, help="processes of two killed")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="of two processes, stopped and killed"
+    )
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--seed", type=int, default=0)
@@ -463,7 +497,9 @@ def main(arguments: list[str]) -> int:
         if options.workers:
             note(killed_worker(campaign, options.workers))
         if options.processes:
-            note(killed_process(campaign, options.processes))
+            note(*(processes_against_one(campaign, count) for count in (2, 4)))
+            note(one_of_two(campaign, signal.SIGTERM, options.processes))
+            note(one_of_two(campaign, signal.SIGKILL, options.processes))
         if options.described_kills:
             kills = options.described_kills
             campaign.undisturbed("described")

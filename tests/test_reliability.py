@@ -1,0 +1,40 @@
+"""The campaigns of reliability/, in short, so that they can be run when they are needed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(script: str, *flags: str) -> list[list[str]]:
+    """Runs a campaign, and returns the cells of its last table."""
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "reliability" / script), *flags],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    table = ran.stdout[ran.stdout.rindex("|---") :].splitlines()[1:]
+    return [line.split("|")[1:] for line in table if line.startswith("|")]
+
+
+@pytest.mark.slow
+def test_every_reader_accepts_or_refuses_with_a_sentence():
+    rows = run("fuzz.py", "--inputs", "50")
+    assert len(rows) == 6
+    for target, inputs, accepted, refused, *_ in rows:
+        assert int(inputs) >= 50 and int(accepted) and int(refused), target
+
+
+@pytest.mark.slow
+def test_faults_cost_a_run_nothing():
+    few = {"kills": 2, "terms": 1, "damages": 2, "full-disks": 1, "workers": 1, "epochs": 4}
+    none = {"processes": 0, "described-kills": 0}
+    rows = run("faults.py", *(f"--{name}={count}" for name, count in (few | none).items()))
+    *_, (_, faults, _, lost, changed, _, _) = rows
+    assert int(faults) >= 5
+    assert (lost, changed) == (" **0** ", " **0** ")
