@@ -444,6 +444,22 @@ def one_of_two(campaign: Campaign, number: signal.Signals, count: int) -> Row:
     return row
 
 
+def memory(campaign: Campaign, epochs: int) -> Row:
+    """Follows the memory of a run, which should not grow."""
+    row = Row(f"none: memory over {epochs} epochs, described network", runs=1)
+    flags = ("--schedule.epochs", str(epochs), "--schedule.early-stopping-patience", str(epochs))
+    process = campaign.start("described", campaign.folder / "memory", *flags)
+    resident = {}
+    for epoch in range(epochs // 10, epochs + 1, epochs // 10):
+        if process.reach("saving", epoch):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+            resident[epoch] = int(line.split()[1]) // 1024
+    row.lost = int(process.wait().code != 0)
+    row.notes.append(", ".join(f"{mb} MB after {epoch}" for epoch, mb in resident.items()))
+    return row
+
+
 def table(rows: list[Row]) -> str:
     """Returns the campaign as Markdown."""
     lines = ["| fault | faults | runs | lost | changed | |", "|---|---|---|---|---|---|"]
@@ -470,6 +486,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--processes", type=int, default=2, help="of two processes, stopped and killed"
     )
+    parser.add_argument("--memory-epochs", type=int, default=50, help="a multiple of 10")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--seed", type=int, default=0)
@@ -504,6 +521,8 @@ def main(arguments: list[str]) -> int:
             kills = options.described_kills
             campaign.undisturbed("described")
             note(*signals(campaign, "described", signal.SIGKILL, kills, 4, options.jobs))
+        if options.memory_epochs:
+            note(memory(campaign, options.memory_epochs))
     text = table(rows)
     print(f"\n{text}\n{time.monotonic() - start:.0f} s")
     if options.output:

@@ -33,7 +33,7 @@ def test_every_reader_accepts_or_refuses_with_a_sentence():
 @pytest.mark.slow
 def test_faults_cost_a_run_nothing():
     few = {"kills": 2, "terms": 1, "damages": 2, "full-disks": 1, "workers": 1, "epochs": 4}
-    none = {"processes": 0, "described-kills": 0}
+    none = {"processes": 0, "described-kills": 0, "memory-epochs": 0}
     rows = run("faults.py", *(f"--{name}={count}" for name, count in (few | none).items()))
     *_, (_, faults, _, lost, changed, _, _) = rows
     assert int(faults) >= 5
