@@ -65,7 +65,7 @@ def child(arguments: list[str]) -> int:
 
     keep_compilations(DataConfig.cache_dir)  # Before anything imports JAX.
     from fetal_flax import checkpoints, cli
-    from fetal_flax.training import loop
+    from fetal_flax.training import epochs, loop
 
     def announced(phase: str, function: Callable) -> Callable:
         def call(*positional: Any, **keywords: Any) -> Any:
@@ -74,8 +74,8 @@ def child(arguments: list[str]) -> int:
 
         return call
 
-    loop.Underway.count = announced("step", loop.Underway.count)
-    loop.evaluate = announced("validation", loop.evaluate)
+    epochs.Underway.count = announced("step", epochs.Underway.count)
+    epochs.evaluate = announced("validation", epochs.evaluate)
     checkpoints.TrainingCheckpoints.save = announced("saving", checkpoints.TrainingCheckpoints.save)
     loop.prepare = announced("start", loop.prepare)
     return cli.main(["train", *arguments])

@@ -8,7 +8,8 @@ import rich.console
 from fetal_flax import summary
 from fetal_flax.config import TrainConfig
 from fetal_flax.models.summary import summarize
-from fetal_flax.training import loop
+from fetal_flax.training.epochs import open_training
+from fetal_flax.training.preparation import describe, prepare
 from fetal_flax.training.step import TrainState, create_state
 
 
@@ -19,14 +20,14 @@ def dry_run(config: TrainConfig) -> None:
         InputError: What a run of this config would raise.
     """
     console = rich.console.Console()
-    run = loop.prepare(config)
-    console.print(loop.describe(run), highlight=False)
+    run = prepare(config)
+    console.print(describe(run), highlight=False)
     parts = summarize(config.model, config.encoder.trainable, image_size=config.data.image_size)
     console.print(summary.render([parts]))
 
     state = create_state(config, run.variables, run.mesh)
     state_bytes = _bytes(state)
-    with loop.open_training(run, start_step=0, total_steps=run.steps_per_epoch) as training:
+    with open_training(run, start_step=0, total_steps=run.steps_per_epoch) as training:
         work = next(training.work)
     arguments = state, *training.constants, work
     compiled = run.train_step.compiled

@@ -14,7 +14,7 @@ from fetal_flax import checkpoints, cli
 from fetal_flax.data.pipeline import DeviceBatches, WorkerDiedError
 from fetal_flax.errors import InputError, Interrupted, RunError
 from fetal_flax.files import locked
-from fetal_flax.training import loop
+from fetal_flax.training import epochs, loop, preparation
 from fetal_flax.training.distributed import everywhere
 from fetal_flax.training.interruption import Interruption
 from fetal_flax.training.progress import Logs
@@ -39,10 +39,10 @@ def raise_(error: Exception) -> None:
 
 # Metrics are read one step late, so that a step more is done when the signal is seen.
 MOMENTS = {
-    "in the first step": (loop.Underway, "count", 1, "2"),
-    "in a step": (loop.Underway, "count", 6, "1000003"),
-    "in validation": (loop, "evaluate", 2, "1000004"),
-    "while saving": (loop.Underway, "save", 1, "1000001"),
+    "in the first step": (epochs.Underway, "count", 1, "2"),
+    "in a step": (epochs.Underway, "count", 6, "1000003"),
+    "in validation": (epochs, "evaluate", 2, "1000004"),
+    "while saving": (epochs.Underway, "save", 1, "1000001"),
 }
 
 
@@ -68,7 +68,9 @@ def test_a_run_that_was_asked_to_stop_goes_on_exactly(
 
 
 def test_a_signal_before_the_first_step_stops_at_once(small_config, tmp_path, monkeypatch):
-    at_call(monkeypatch, loop, "open_dataset", 1, lambda: signal.raise_signal(signal.SIGTERM))
+    at_call(
+        monkeypatch, preparation, "open_dataset", 1, lambda: signal.raise_signal(signal.SIGTERM)
+    )
     with pytest.raises(Interrupted):
         loop.train(small_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -130,7 +132,7 @@ def test_dead_data_workers_are_replaced_once_per_step(
         at_call(patched, DeviceBatches, "__next__", 3, lambda: raise_(dead))
         loop.train(small_config(), tmp_path / "once")
     assert read_rows(tmp_path / "once") == read_rows(finished)
-    monkeypatch.setattr(loop, "prefetch_to_device", lambda *_, **__: raise_(dead))
+    monkeypatch.setattr(epochs, "prefetch_to_device", lambda *_, **__: raise_(dead))
     with pytest.raises(RunError, match=r"--data\.workers 0"):
         loop.train(small_config(), tmp_path / "ever")
 

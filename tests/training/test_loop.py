@@ -17,6 +17,8 @@ from fetal_flax.config import (
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.training import loop
+from fetal_flax.training.epochs import evaluate
+from fetal_flax.training.preparation import prepare
 
 ROOT = Path(__file__).parents[2]
 TIMINGS = {"seconds", "images_per_second", "waiting"}
@@ -46,12 +48,12 @@ def test_the_best_checkpoint_describes_itself(finished, read_rows):
 
 def test_validation_counts_every_image_once(finished, small_config):
     config = small_config()
-    run = loop.prepare(config)
+    run = prepare(config)
     assert len(run.split.validation) % config.schedule.batch_size, "no padding would be tested"
     variables, _ = checkpoints.load(finished)
-    whole = loop.evaluate(run, variables)
+    whole = evaluate(run, variables)
     singly = [
-        loop.evaluate(
+        evaluate(
             dataclasses.replace(run, split=dataclasses.replace(run.split, validation=(index,))),
             variables,
         )

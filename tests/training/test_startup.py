@@ -6,6 +6,7 @@ import pytest
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.training import loop
+from fetal_flax.training.preparation import prepare
 from fetal_flax.training.startup import AheadOfTime
 
 
@@ -18,7 +19,7 @@ def test_a_run_traces_its_training_step_once_and_ahead_of_time(small_config, tmp
         return apply(*arguments, **keywords)
 
     monkeypatch.setattr(functional, "apply", counted)
-    run = loop.prepare(small_config())
+    run = prepare(small_config())
     assert isinstance(run.train_step.compiled, jax.stages.Compiled)
     assert run.train_step.seconds > 0
     assert len(traced) == 1

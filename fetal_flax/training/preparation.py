@@ -1,0 +1,162 @@
+"""Everything that is settled before a run's first step."""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fetal_flax.checkpoints import Description
+from fetal_flax.config import TrainConfig, to_dict
+from fetal_flax.conversion.encoder_weights import load_encoder
+from fetal_flax.data import splits
+from fetal_flax.data.builders import Dataset, open_dataset
+from fetal_flax.data.foreground import foreground_pixels
+from fetal_flax.data.pipeline import (
+    steps_per_epoch,
+)
+from fetal_flax.data.resident import (
+    Resident,
+    load_resident,
+    resident_foreground_pixels,
+)
+from fetal_flax.models import functional
+from fetal_flax.models.functional import Variables
+from fetal_flax.training.sharding import (
+    check_batch_size,
+    create_mesh,
+    replicate,
+    replicated,
+)
+from fetal_flax.training.startup import AheadOfTime, compile_train_step
+from fetal_flax.training.step import Steps, create_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that is settled before the first step."""
+
+    config: TrainConfig
+    dataset: Dataset
+    split: splits.Split
+    pos_weight: float
+    mesh: jax.sharding.Mesh
+    steps: Steps
+    train_step: AheadOfTime
+    """`steps.train`, or `steps.train_resident` where a call does several steps."""
+    steps_per_epoch: int
+    variables: Variables
+    resident: Resident | None
+    """The images, where they are on the devices."""
+
+    @functools.cached_property
+    def pos_weight_on_devices(self) -> jax.Array:
+        """`pos_weight` as the steps take it."""
+        return replicate(np.float32(self.pos_weight), self.mesh)
+
+    def description(self, progress: dict[str, Any]) -> Description:
+        """Returns what the run's checkpoints say of themselves."""
+        return Description(
+            kind="network",
+            model=self.config.model,
+            image_size=self.config.data.image_size,
+            config=to_dict(self.config) | {"pos_weight": self.pos_weight},
+            progress=progress,
+        )
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Loads weights and data, splits, and builds the steps; nothing is written but caches.
+
+    Raises:
+        InputError: A setting, a weight file or the data set can't be used.
+    """
+    mesh = create_mesh()
+    check_batch_size(config.schedule.batch_size, mesh)
+    cache_dir = Path(config.data.cache_dir).expanduser()
+    encoder = load_encoder(config.encoder.weights, config.model, cache_dir)
+    dataset = open_dataset(config.data, config.seed)
+    split = splits.split(dataset.names, dataset.examinations, **split_method(config))
+    epoch_steps = steps_per_epoch(len(split.train), config.schedule.batch_size)
+    steps = create_steps(config, mesh)
+    # All that follows happens while a thread compiles.
+    train_step = compile_train_step(
+        config,
+        steps,
+        records=len(dataset),
+        steps_per_dispatch=steps_per_dispatch(config, mesh, epoch_steps),
+    )
+    resident = None
+    if config.data.backend == "device":
+        resident = load_resident(dataset, config.data.image_size, replicated(mesh))
+    pos_weight = config.loss.pos_weight
+    if pos_weight == "auto":
+        pixels = (
+            foreground_pixels(dataset, config.data.image_size)
+            if resident is None
+            else resident_foreground_pixels(resident)
+        )
+        foreground = pixels[list(split.train)].mean() / math.prod(config.data.image_size)
+        pos_weight = (1 - foreground) / foreground
+    variables = functional.init(config.model, config.seed)
+    if encoder is not None:
+        variables = Variables(
+            variables.params | encoder.params, variables.batch_stats | encoder.batch_stats
+        )
+    return Run(
+        config=config,
+        dataset=dataset,
+        split=split,
+        pos_weight=float(pos_weight),
+        mesh=mesh,
+        steps=steps,
+        train_step=train_step,
+        steps_per_epoch=epoch_steps,
+        variables=variables,
+        resident=resident,
+    )
+
+
+def describe(run: Run) -> str:
+    """Returns the run in three lines: network, data, devices."""
+    config, split = run.config, run.split
+    encoder = "trainable" if config.encoder.trainable else "frozen"
+    weights = {"none": "random weights"}.get(config.encoder.weights, config.encoder.weights)
+    of_encoder = "" if config.model.name == "unet" else f", {encoder} encoder from {weights}"
+    examinations = [
+        len({run.dataset.examinations[i] for i in side}) for side in (split.train, split.validation)
+    ]
+    device = jax.devices()[0]
+    proposed = config.model.name == "mobilenet_aspp_se_unet"
+    variant = f" ({config.model.variant})" if proposed else ""
+    return (
+        f"{config.model.name}{variant}{of_encoder}\n"
+        f"{len(split.train)} training images of {examinations[0]} examinations, "
+        f"{len(split.validation)} validation images of {examinations[1]}, "
+        f"pos_weight {run.pos_weight:.3f}\n"
+        f"{run.mesh.size} x {device.device_kind} ({device.platform}), "
+        f"batch {config.schedule.batch_size}, {run.steps_per_epoch} steps per epoch"
+    )
+
+
+def steps_per_dispatch(config: TrainConfig, mesh: jax.sharding.Mesh, epoch_steps: int) -> int:
+    """Returns the largest divisor of an epoch's steps that the settings allow."""
+    if config.data.backend == "host":
+        return 1
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    default = 1 if on_cpu else epoch_steps
+    at_most = min(config.data.steps_per_dispatch or default, epoch_steps)
+    return next(n for n in range(at_most, 0, -1) if epoch_steps % n == 0)
+
+
+def split_method(config: TrainConfig) -> dict[str, Any]:
+    """Returns the settings that decide which image is on which side."""
+    return {
+        "seed": config.seed,
+        "validation_fraction": config.data.validation_fraction,
+        "folds": config.data.folds,
+        "fold": config.data.fold,
+    }
