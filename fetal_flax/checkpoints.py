@@ -16,10 +16,12 @@ SHA-256 digests of arrays and description are in the description.
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -351,6 +353,7 @@ def _restore(
     manager: ocp.CheckpointManager, number: int, abstract: Mapping[str, Any], directory: Path
 ) -> tuple[dict[str, Any], Description]:
     """Restores the items of `abstract` and the description, and checks their digests."""
+    _silence_late_reads()
     with _damage_named(directory, number):
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         restored = manager.restore(
@@ -363,6 +366,22 @@ def _restore(
             if digests[name] != _digest_of_arrays(tree):
                 raise ValueError(f"its {name} are not what was saved")
     return items, description
+
+
+@functools.cache
+def _silence_late_reads() -> None:
+    """Keeps a traceback for each array off the terminal when one of them can't be read.
+
+    Orbax gives up at the first and closes its event loop; TensorStore still reports the others to
+    it, each an exception that nothing can catch.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _checked(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

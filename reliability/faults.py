@@ -137,6 +137,8 @@ class Campaign:
     def judge(self, row: Row, config: str, workdir: Path, ended: Ended) -> None:
         """Counts a run that has been let through, and removes it if nothing is wrong."""
         row.runs += 1
+        if "Traceback" in ended.output:
+            row.notes.append(f"a traceback: {ended.output[-300:]}")
         if ended.code:
             row.lost += 1
             row.notes.append(f"{workdir.name} ended with {ended.code}: {ended.output[-300:]}")

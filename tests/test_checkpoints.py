@@ -268,8 +268,6 @@ def _files(workdir: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
 
 
-# Where files are broken, Orbax leaves coroutines behind.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_flipped_byte_gives_other_arrays(tmp_path):
     """One in each file of the last checkpoint: it comes back as it was, or the one before does."""
     _train(tmp_path / "run", [0.9, 0.6])
