@@ -24,17 +24,17 @@ def run(script: str, *flags: str) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_every_reader_accepts_or_refuses_with_a_sentence():
-    rows = run("fuzz.py", "--inputs", "50")
+    rows = run("fuzz.py", "--inputs", "30")
     assert len(rows) == 6
     for target, inputs, accepted, refused, *_ in rows:
-        assert int(inputs) >= 50 and int(accepted) and int(refused), target
+        assert int(inputs) >= 30 and int(accepted) and int(refused), target
 
 
 @pytest.mark.slow
 def test_faults_cost_a_run_nothing():
-    few = {"kills": 2, "terms": 1, "damages": 2, "full-disks": 1, "workers": 1, "epochs": 4}
-    none = {"processes": 0, "described-kills": 0, "memory-epochs": 0}
+    few = {"kills": 2, "damages": 2, "workers": 1, "epochs": 3}
+    none = {"terms": 0, "full-disks": 0, "processes": 0, "described-kills": 0, "memory-epochs": 0}
     rows = run("faults.py", *(f"--{name}={count}" for name, count in (few | none).items()))
     *_, (_, faults, _, lost, changed, _, _) = rows
-    assert int(faults) >= 5
+    assert int(faults) >= 4
     assert (lost, changed) == (" **0** ", " **0** ")
