@@ -373,12 +373,13 @@ def _silence_late_reads() -> None:
     """Keeps a traceback for each array off the terminal when one of them can't be read.
 
     Orbax gives up at the first and closes its event loop; TensorStore still reports the others to
-    it, each an exception that nothing can catch.
+    it or to the coroutines that waited, each an exception that nothing can catch.
     """
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        message = str(unraisable.exc_value)
+        if message != "Event loop is closed" and "See full TensorStore details" not in message:
             before(unraisable)
 
     sys.unraisablehook = hook
