@@ -31,6 +31,7 @@ from typing import Any
 TIMINGS = {"seconds", "images_per_second", "waiting"}
 PHASES = ("start", "step", "validation", "saving")
 INTERRUPTED = 75
+DEVICE_SETTINGS = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
 PATIENCE = 600
 """Seconds after which a process counts as hanging."""
 CONFIGS = {
@@ -157,10 +158,12 @@ class Process:
     """A training under way, followed through what it prints."""
 
     def __init__(self, command: list[str], environment: dict[str, str]):
+        # One device unless told otherwise, also where pytest has set eight.
+        inherited = {n: v for n, v in os.environ.items() if n not in DEVICE_SETTINGS}
         environment = {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | environment
         self._process = subprocess.Popen(
             command,
-            env=os.environ | environment,
+            env=inherited | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -32,8 +32,10 @@ def test_every_reader_accepts_or_refuses_with_a_sentence():
 
 @pytest.mark.slow
 def test_faults_cost_a_run_nothing():
-    few = {"kills": 2, "damages": 2, "workers": 1, "epochs": 3}
-    none = {"terms": 0, "full-disks": 0, "processes": 0, "described-kills": 0, "memory-epochs": 0}
+    few = {"kills": 2, "damages": 2, "epochs": 3}
+    none = dict.fromkeys(
+        ("terms", "full-disks", "workers", "processes", "described-kills", "memory-epochs"), 0
+    )
     rows = run("faults.py", *(f"--{name}={count}" for name, count in (few | none).items()))
     *_, (_, faults, _, lost, changed, _, _) = rows
     assert int(faults) >= 4
