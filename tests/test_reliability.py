@@ -1,4 +1,4 @@
-"""The campaigns of reliability/, in short, so that they can be run when they are needed."""
+"""The campaign of reliability/fuzz.py, in short, so that it can be run when it is needed."""
 
 import subprocess
 import sys
@@ -28,15 +28,3 @@ def test_every_reader_accepts_or_refuses_with_a_sentence():
     assert len(rows) == 6
     for target, inputs, accepted, refused, *_ in rows:
         assert int(inputs) >= 30 and int(accepted) + int(refused) == int(inputs), target
-
-
-@pytest.mark.slow
-def test_faults_cost_a_run_nothing():
-    few = {"kills": 2, "damages": 2, "epochs": 3}
-    none = dict.fromkeys(
-        ("terms", "full-disks", "workers", "processes", "described-kills", "memory-epochs"), 0
-    )
-    rows = run("faults.py", *(f"--{name}={count}" for name, count in (few | none).items()))
-    *_, (_, faults, _, lost, changed, _, _) = rows
-    assert int(faults) >= 4
-    assert (lost, changed) == (" **0** ", " **0** ")
