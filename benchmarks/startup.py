@@ -19,13 +19,9 @@ from pathlib import Path
 
 def child(flags: list[str], started: float) -> int:
     """Trains up to the end of the first step."""
-    from fetal_flax import cli
-    from fetal_flax.compilation_cache import keep_compilations
-    from fetal_flax.config import DataConfig
-
-    keep_compilations(DataConfig.cache_dir)
     import jax
 
+    from fetal_flax import cli
     from fetal_flax.training import epochs
 
     @contextlib.contextmanager

@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,7 +188,7 @@ class TrainingCheckpoints:
         """Lets go of the folder; `wait` first."""
         self._manager.close()
 
-    def _put_aside(self, numbers: Iterable[int]) -> None:
+    def _put_aside(self, numbers: Collection[int]) -> None:
         if numbers and jax.process_index() == 0:
             folder = self._workdir / DAMAGED
             folder.mkdir(exist_ok=True)
@@ -293,8 +293,8 @@ def _reader(directory: Path) -> Iterator[ocp.CheckpointManager]:
             barrier_sync_key_prefix=f"reader{process}",
         ),
     )
-    for error in _damaged_descriptions(directory).values():
-        raise error
+    if damaged := _damaged_descriptions(directory):
+        raise next(iter(damaged.values()))
     with (
         _damage_named(directory),
         ocp.CheckpointManager((directory / FOLDER).resolve(), options=options) as manager,

@@ -374,17 +374,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = arguments[name.count(" ") + 1 :]
     try:
         return _parse(name, flags).run()
-    except InputError as error:
+    except (InputError, RunError, Interrupted) as error:
         print(f"fetal-flax {name}: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"fetal-flax {name}: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as error:
-        print(
-            f"fetal-flax {name}: {str(error) or 'stopped before the first step'}", file=sys.stderr
-        )
-        return 75
+        return error.exit_code
     except OSError as error:
         if error.filename is None:
             raise

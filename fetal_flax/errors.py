@@ -5,22 +5,26 @@ class InputError(Exception):
     """Bad input from the user: a file, a setting, a command line.
 
     The message is one sentence that names the file or field and the way out; the command line
-    prints it to stderr without a traceback and exits with code 2.
+    prints it to stderr without a traceback.
     """
+
+    exit_code = 2
 
 
 class RunError(Exception):
-    """A training run that can't go on, through no fault of its settings or files; exit code 1.
+    """A training run that can't go on, through no fault of its settings or files.
 
     The message says at which step, what is saved, and how to go on.
     """
 
+    exit_code = 1
+
 
 class Interrupted(Exception):  # noqa: N818  It is a request, not an error.
-    """A run that was asked to stop and can be resumed; exit code 75.
+    """A run that was asked to stop and can be resumed."""
 
-    75 is `EX_TEMPFAIL` of sysexits.h: try again later.
-    """
+    exit_code = 75
+    """`EX_TEMPFAIL` of sysexits.h: try again later."""
 
 
 def printable(text: str) -> str:

@@ -28,34 +28,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fetal_flax.errors import Interrupted
+
 TIMINGS = {"seconds", "images_per_second", "waiting"}
 PHASES = ("start", "step", "validation", "saving")
-INTERRUPTED = 75
+INTERRUPTED = Interrupted.exit_code
 DEVICE_SETTINGS = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
 PATIENCE = 600
 """Seconds after which a process counts as hanging."""
-CONFIGS = {
-    "small": """
+CONFIG = """
 from fetal_flax.config import *
 def config():
     return TrainConfig(
-        name="small", model=ModelConfig(name="unet", base_width=4),
-        encoder=EncoderConfig(weights="none"),
+        name={name!r}, model={model}, encoder=EncoderConfig(weights="none"),
         data=DataConfig(dataset="fetal_phantom", cache_dir={cache!r}, image_size=(32, 32),
                         phantom_count=60, phantom_size=(64, 96), workers=0),
-        schedule=ScheduleConfig(epochs={epochs}, batch_size=4),
+        schedule=ScheduleConfig(epochs={epochs}, batch_size={batch_size}),
     )
-""",
-    "described": """
-from fetal_flax.config import *
-def config():
-    return TrainConfig(
-        name="described", encoder=EncoderConfig(weights="none"),
-        data=DataConfig(dataset="fetal_phantom", cache_dir={cache!r}, image_size=(32, 32),
-                        phantom_count=60, phantom_size=(64, 96), workers=0),
-        schedule=ScheduleConfig(epochs={epochs}, batch_size=8),
-    )
-""",
+"""
+NETWORKS = {
+    "small": {"model": 'ModelConfig(name="unet", base_width=4)', "batch_size": 4},
+    "described": {"model": "ModelConfig()", "batch_size": 8},
 }
 
 
@@ -115,9 +108,10 @@ class Campaign:
     def __init__(self, folder: Path, seed: int, epochs: int):
         self.folder = folder
         self.seed = seed
-        for name, text in CONFIGS.items():
+        for name, settings in NETWORKS.items():
             cache = str(folder / "cache")
-            (folder / f"{name}.py").write_text(text.format(cache=cache, epochs=epochs))
+            text = CONFIG.format(name=name, cache=cache, epochs=epochs, **settings)
+            (folder / f"{name}.py").write_text(text)
 
     def start(self, config: str, workdir: Path, *flags: str, **environment: str) -> "Process":
         """Starts a training, or goes on with the one that has begun in `workdir`."""

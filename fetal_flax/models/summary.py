@@ -115,7 +115,7 @@ def _macs_by_part(config: ModelConfig, image_size: tuple[int, int]) -> Counter[s
     macs: Counter[str] = Counter()
 
     def forward(images: FeatureMap) -> Logits:
-        network = functional.create(config, seed=0)
+        network = functional.create(config, seed=None)
         owners = dict(nnx.iter_modules(network))
         for path, layer in owners.items():
             if isinstance(layer, (Conv, UpConv, nnx.Linear)):

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fetal_flax.checkpoints import TrainingCheckpoints
+from fetal_flax.config import DataConfig, ScheduleConfig
 from fetal_flax.data.pipeline import (
+    Batch,
     DeviceBatches,
     TrainingOrder,
     WorkerDiedError,
@@ -23,23 +25,16 @@ from fetal_flax.data.pipeline import (
     prefetch_to_device,
     training_batches,
 )
-from fetal_flax.data.resident import (
-    evaluation_plan,
-    training_plans,
-)
+from fetal_flax.data.resident import evaluation_plan, training_plans
 from fetal_flax.errors import Interrupted, RunError
 from fetal_flax.files import write_atomically
 from fetal_flax.models.functional import Variables
 from fetal_flax.training.distributed import is_first, shard
 from fetal_flax.training.interruption import Interruption
-from fetal_flax.training.preparation import Run, steps_per_dispatch
+from fetal_flax.training.preparation import Run
 from fetal_flax.training.progress import Bar, Logs, Progress, traced
 from fetal_flax.training.schedule import EarlyStopping, Plateau
-from fetal_flax.training.sharding import (
-    batch_sharding,
-    plan_sharding,
-    replicate,
-)
+from fetal_flax.training.sharding import batch_sharding, plan_sharding, replicate
 from fetal_flax.training.step import TrainState
 
 
@@ -57,6 +52,10 @@ class Progressed:
     def epochs(self) -> int:
         """Epochs done."""
         return len(self.history)
+
+    def ended(self, schedule: ScheduleConfig) -> bool:
+        """Whether there is no epoch left, or early stopping has come."""
+        return self.epochs >= schedule.epochs or self.stopping.should_stop(schedule)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the state for a checkpoint's description."""
@@ -89,22 +88,11 @@ def open_training(run: Run, start_step: int, total_steps: int) -> Iterator[Train
     """Opens the steps from `start_step` up to `total_steps`, an epoch's end."""
     config = run.config
     if run.resident is None:
-        batches = training_batches(
-            run.dataset,
-            run.split.train,
-            config.data,
-            config.augmentation,
-            channels=config.model.in_channels,
-            seed=config.seed,
-            batch_size=config.schedule.batch_size,
-            start_step=start_step,
-            total_steps=total_steps,
-            shard=shard(),
-        )
+        batches = _batches(run, config.data, start_step, total_steps, shard())
         work = prefetch_to_device(batches, batch_sharding(run.mesh))
         training = Training(run.train_step, (run.pos_weight_on_devices,), work, steps=1)
     else:
-        steps = steps_per_dispatch(config, run.mesh, run.steps_per_epoch)
+        steps = run.steps_per_dispatch
         order = TrainingOrder(
             run.split.train, config.augmentation, config.seed, config.schedule.batch_size
         )
@@ -134,6 +122,24 @@ def open_training(run: Run, start_step: int, total_steps: int) -> Iterator[Train
             training = Training(step, constants, work, steps)
     with contextlib.closing(work):
         yield training
+
+
+def _batches(
+    run: Run, data: DataConfig, start_step: int, total_steps: int, shard: tuple[int, int]
+) -> Generator[Batch, None, None]:
+    """Returns the host's training batches of the steps from `start_step` up to `total_steps`."""
+    return training_batches(
+        run.dataset,
+        run.split.train,
+        data,
+        run.config.augmentation,
+        channels=run.config.model.in_channels,
+        seed=run.config.seed,
+        batch_size=run.config.schedule.batch_size,
+        start_step=start_step,
+        total_steps=total_steps,
+        shard=shard,
+    )
 
 
 def evaluate(
@@ -274,8 +280,7 @@ def train_epochs(underway: Underway, traces: Path | None) -> None:
 
 def _train_remaining(underway: Underway, training: Training) -> None:
     run, schedule = underway.run, underway.run.config.schedule
-    done = underway.done
-    while done.epochs < schedule.epochs and not done.stopping.should_stop(schedule):
+    while not underway.done.ended(schedule):
         start = time.perf_counter()
         numbers = _train_epoch(underway, training)
         numbers |= evaluate(run, variables_of(underway.state), underway.interruption)
@@ -283,12 +288,12 @@ def _train_remaining(underway: Underway, training: Training) -> None:
             "learning_rate": float(underway.state.learning_rates["main"]),
             "seconds": time.perf_counter() - start,
         }
-        underway.state, done = _decide(run, underway.state, done, numbers)
-        underway.done = done
+        underway.state, underway.done = _decide(run, underway.state, underway.done, numbers)
         underway.save(numbers["validation_dice"])
         if underway.logs:
-            underway.logs.epoch(done.history)
-        underway.progress.epoch(numbers, is_best=done.stopping.best_epoch == done.epochs)
+            underway.logs.epoch(underway.done.history)
+        is_best = underway.done.stopping.best_epoch == underway.done.epochs
+        underway.progress.epoch(numbers, is_best=is_best)
 
 
 def _train_epoch(underway: Underway, training: Training) -> dict[str, float]:
@@ -355,18 +360,8 @@ def _stop_at_non_finite(underway: Underway) -> str:
     underway.save()
     underway.saved.wait()
     step = int(underway.state.step)
-    batches = training_batches(
-        run.dataset,
-        run.split.train,
-        dataclasses.replace(run.config.data, workers=0),
-        run.config.augmentation,
-        channels=run.config.model.in_channels,
-        seed=run.config.seed,
-        batch_size=run.config.schedule.batch_size,
-        start_step=step,
-        total_steps=step + 1,
-    )
-    with contextlib.closing(batches):
+    in_threads = dataclasses.replace(run.config.data, workers=0)
+    with contextlib.closing(_batches(run, in_threads, step, step + 1, (0, 1))) as batches:
         batch = next(batches)
     names = [run.dataset.names[record] for record in batch.record]
     path = underway.workdir / "non_finite" / f"step_{step + 1}.npz"

@@ -11,6 +11,8 @@ from jax.experimental import multihost_utils
 
 from fetal_flax.errors import Interrupted
 
+_NOTHING_TO_SAVE = "stopped; there was nothing to save"
+
 
 class Interruption:
     """Watches for signals while it is entered; a second one stops the process at once.
@@ -52,7 +54,7 @@ class Interruption:
         """
         self._deferred = False
         if self._requested:
-            raise Interrupted
+            raise Interrupted(_NOTHING_TO_SAVE)
 
     @property
     def noticed(self) -> bool:
@@ -75,4 +77,4 @@ class Interruption:
             return
         self._requested = True
         if not self._deferred:
-            raise Interrupted
+            raise Interrupted(_NOTHING_TO_SAVE)

@@ -15,22 +15,11 @@ from fetal_flax.conversion.encoder_weights import load_encoder
 from fetal_flax.data import splits
 from fetal_flax.data.builders import Dataset, open_dataset
 from fetal_flax.data.foreground import foreground_pixels
-from fetal_flax.data.pipeline import (
-    steps_per_epoch,
-)
-from fetal_flax.data.resident import (
-    Resident,
-    load_resident,
-    resident_foreground_pixels,
-)
+from fetal_flax.data.pipeline import steps_per_epoch
+from fetal_flax.data.resident import Resident, load_resident, resident_foreground_pixels
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
-from fetal_flax.training.sharding import (
-    check_batch_size,
-    create_mesh,
-    replicate,
-    replicated,
-)
+from fetal_flax.training.sharding import check_batch_size, create_mesh, replicate, replicated
 from fetal_flax.training.startup import AheadOfTime, compile_train_step
 from fetal_flax.training.step import Steps, create_steps
 
@@ -48,6 +37,8 @@ class Run:
     train_step: AheadOfTime
     """`steps.train`, or `steps.train_resident` where a call does several steps."""
     steps_per_epoch: int
+    steps_per_dispatch: int
+    """Steps that a call of `train_step` does."""
     variables: Variables
     resident: Resident | None
     """The images, where they are on the devices."""
@@ -81,13 +72,11 @@ def prepare(config: TrainConfig) -> Run:
     dataset = open_dataset(config.data, config.seed)
     split = splits.split(dataset.names, dataset.examinations, **split_method(config))
     epoch_steps = steps_per_epoch(len(split.train), config.schedule.batch_size)
+    dispatch_steps = _steps_per_dispatch(config, mesh, epoch_steps)
     steps = create_steps(config, mesh)
     # All that follows happens while a thread compiles.
     train_step = compile_train_step(
-        config,
-        steps,
-        records=len(dataset),
-        steps_per_dispatch=steps_per_dispatch(config, mesh, epoch_steps),
+        config, steps, records=len(dataset), steps_per_dispatch=dispatch_steps
     )
     resident = None
     if config.data.backend == "device":
@@ -115,6 +104,7 @@ def prepare(config: TrainConfig) -> Run:
         steps=steps,
         train_step=train_step,
         steps_per_epoch=epoch_steps,
+        steps_per_dispatch=dispatch_steps,
         variables=variables,
         resident=resident,
     )
@@ -142,7 +132,7 @@ def describe(run: Run) -> str:
     )
 
 
-def steps_per_dispatch(config: TrainConfig, mesh: jax.sharding.Mesh, epoch_steps: int) -> int:
+def _steps_per_dispatch(config: TrainConfig, mesh: jax.sharding.Mesh, epoch_steps: int) -> int:
     """Returns the largest divisor of an epoch's steps that the settings allow."""
     if config.data.backend == "host":
         return 1

@@ -4,13 +4,13 @@ import csv
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fetal_flax import cli
-from fetal_flax.config import DataConfig, EncoderConfig, ModelConfig, ScheduleConfig, TrainConfig
+from fetal_flax.config import TrainConfig
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation.evaluate import evaluate
 from fetal_flax.training import loop
@@ -19,28 +19,20 @@ from fetal_flax.training.cross_validation import cross_validate, with_fold
 COUNT, FOLDS = 20, 2
 
 
-def small_config(cache_dir: Path, **schedule: Any) -> TrainConfig:
-    return TrainConfig(
-        name="small",
-        model=ModelConfig(name="unet", base_width=4),
-        encoder=EncoderConfig(weights="none"),
-        data=DataConfig(
-            dataset="fetal_phantom",
-            cache_dir=str(cache_dir),
-            image_size=(32, 32),
-            folds=FOLDS,
-            phantom_count=COUNT,
-            phantom_size=(64, 96),
-            workers=0,
-        ),
-        schedule=dataclasses.replace(ScheduleConfig(epochs=1, batch_size=8), **schedule),
-    )
+@pytest.fixture(scope="module")
+def folds_config(small_config) -> Callable[..., TrainConfig]:
+    def make(batch_size: int = 8) -> TrainConfig:
+        config = small_config(epochs=1, batch_size=batch_size)
+        data = dataclasses.replace(config.data, folds=FOLDS, phantom_count=COUNT)
+        return dataclasses.replace(config, data=data)
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[TrainConfig, Path]:
+def finished(folds_config, tmp_path_factory) -> tuple[TrainConfig, Path]:
     """The second fold is trained first and alone, as another machine would."""
-    config = small_config(tmp_path_factory.mktemp("cache"))
+    config = folds_config()
     workdir = tmp_path_factory.mktemp("runs") / "small-folds"
     loop.train(with_fold(config, 1), workdir / "fold-1")
     trained = (workdir / "fold-1" / "metrics.csv").read_bytes()
@@ -102,17 +94,17 @@ def test_a_fold_that_is_missing_is_trained_and_the_others_are_left(finished, tmp
 
 
 @pytest.mark.slow
-def test_folds_of_another_config_are_refused(finished):
-    config, workdir = finished
-    other = small_config(Path(config.data.cache_dir), batch_size=4)
+def test_folds_of_another_config_are_refused(finished, folds_config):
+    _, workdir = finished
+    other = folds_config(batch_size=4)
     before = (workdir / "metrics.json").read_bytes()
     with pytest.raises(InputError, match=r"schedule\.batch_size"):
         cross_validate(other, workdir)
     assert (workdir / "metrics.json").read_bytes() == before
 
 
-def test_the_flag_fold_takes_five_unless_the_config_says_otherwise(tmp_path):
-    config = small_config(tmp_path)
+def test_the_flag_fold_takes_five_unless_the_config_says_otherwise(folds_config):
+    config = folds_config()
     assert (with_fold(config, 1).data.folds, with_fold(config, 1).data.fold) == (2, 1)
     assert with_fold(TrainConfig(), 4).data.folds == 5
     for settings, fold in ((config, 2), (TrainConfig(), 5), (config, -1)):
