@@ -23,10 +23,15 @@ def child(flags: list[str], started: float) -> int:
 
     from fetal_flax import cli
     from fetal_flax.training import epochs
+    from fetal_flax.training.startup import AheadOfTime
 
     @contextlib.contextmanager
     def timed(step, folder):
         def call(*arguments):
+            # A step begins when it is compiled and its batch is there, not when it is called.
+            if isinstance(step, AheadOfTime):
+                _ = step.compiled
+            jax.block_until_ready(arguments)
             begin = time.time() - started
             jax.block_until_ready(step(*arguments))
             print(f"STARTED {begin} {time.time() - started}", flush=True)

@@ -186,6 +186,9 @@ class DataConfig:
     """Grain worker processes; 0 loads in threads of this process; None picks by CPU count."""
     prefetch: int = 4
     """Batches prepared ahead of the training step."""
+    keep_validation_mb: int = 1024
+    """Megabytes on each device, at most, for validation images and a frozen encoder's maps of them
+    (200 images of 256×256: 444 MB in all), which are the same in every epoch; 0 keeps none."""
 
     def __post_init__(self) -> None:
         _check(self, "data.")
@@ -225,6 +228,12 @@ class DataConfig:
             self.workers,
         )
         _require(self.prefetch >= 1, "data.prefetch", "at least 1", self.prefetch)
+        _require(
+            self.keep_validation_mb >= 0,
+            "data.keep_validation_mb",
+            "at least 0",
+            self.keep_validation_mb,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,6 +60,7 @@ def child(arguments: list[str]) -> int:
     keep_compilations(DataConfig.cache_dir)  # Before anything imports JAX.
     from fetal_flax import checkpoints, cli
     from fetal_flax.training import epochs, loop
+    from fetal_flax.training.validation import Validation
 
     def announced(phase: str, function: Callable) -> Callable:
         def call(*positional: Any, **keywords: Any) -> Any:
@@ -69,7 +70,7 @@ def child(arguments: list[str]) -> int:
         return call
 
     epochs.Underway.count = announced("step", epochs.Underway.count)
-    epochs.evaluate = announced("validation", epochs.evaluate)
+    Validation.measure = announced("validation", Validation.measure)
     checkpoints.TrainingCheckpoints.save = announced("saving", checkpoints.TrainingCheckpoints.save)
     loop.prepare = announced("start", loop.prepare)
     return cli.main(["train", *arguments])
@@ -303,19 +304,34 @@ def full_disk(campaign: Campaign, count: int) -> Row:
 
 
 def read_only_disk(campaign: Campaign) -> Row:
-    """Takes the right to write away, before a run and in the middle of one."""
+    """Takes the right to write away before a run starts, and before it is resumed."""
     row = Row("disk read-only")
     disk = campaign.folder / "disk"
+    workdir = disk / "run"
+    codes = []
     with small_disk(disk) as remount:
-        remount("ro")
-        ended = campaign.start("small", disk / "run").wait()
-        row.faults += 1
-        row.notes.append(f"before the start: exit code {ended.code}")
-        if not ended.named or list(disk.iterdir()):
-            row.notes.append(ended.output)
-        remount("rw")
-        campaign.judge(row, "small", disk / "run", campaign.start("small", disk / "run").wait())
+        for resumes in (False, True):
+            if resumes:
+                process = campaign.start("small", workdir)
+                process.reach("saving", 2)
+                process.hit(signal.SIGTERM)
+                assert process.wait().code == INTERRUPTED
+            before = contents(disk)
+            remount("ro")
+            ended = campaign.start("small", workdir).wait()
+            remount("rw")
+            row.faults += ended.code != 0
+            codes.append(ended.code)
+            if not ended.named or contents(disk) != before:
+                row.notes.append(ended.output)
+        campaign.judge(row, "small", workdir, campaign.start("small", workdir).wait())
+    row.notes.append(f"exit codes {codes}, each with a sentence, nothing written")
     return row
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Returns all files in a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def damage(campaign: Campaign, count: int, jobs: int) -> list[Row]:
@@ -490,7 +506,7 @@ def main(arguments: list[str]) -> int:
         "--processes", type=int, default=2, help="of two processes, stopped and killed"
     )
     parser.add_argument("--memory-epochs", type=int, default=50, help="a multiple of 10")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=12, help="of a run; 5 or more")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="Markdown file for the table")

@@ -1,4 +1,4 @@
-"""The campaign of reliability/fuzz.py, in short, so that it can be run when it is needed."""
+"""The campaigns of reliability/, in short, so that they can be run when they are needed."""
 
 import subprocess
 import sys
@@ -28,3 +28,14 @@ def test_every_reader_accepts_or_refuses_with_a_sentence():
     assert len(rows) == 6
     for target, inputs, accepted, refused, *_ in rows:
         assert int(inputs) >= 30 and int(accepted) + int(refused) == int(inputs), target
+
+
+@pytest.mark.slow
+def test_faults_cost_a_run_nothing():
+    few = {"kills": 2, "damages": 2, "epochs": 5}
+    none = ("terms", "full-disks", "workers", "processes", "described-kills", "memory-epochs")
+    counts = few | dict.fromkeys(none, 0)
+    rows = run("faults.py", *(f"--{name}={count}" for name, count in counts.items()))
+    _, faults, _, lost, changed, *_ = rows[-1]
+    assert int(faults) == 4
+    assert (lost, changed) == (" **0** ", " **0** ")

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from fetal_flax.conversion.tables import IGNORED, Table, Tensors, find, find_inverse
@@ -59,8 +59,9 @@ def from_torch(
             f"{source} doesn't fit {network}: {'; '.join(problems)}: give a state dict of exactly "
             "this network"
         )
+    # jnp.asarray would compile a program for each shape.
     return Variables(
-        *({n: jnp.asarray(as_float32(found[n])) for n in arrays} for arrays in expected)
+        *({n: jax.device_put(as_float32(found[n])) for n in arrays} for arrays in expected)
     )
 
 

@@ -103,18 +103,20 @@ def training_plans(
         first = last
 
 
-def evaluation_plan(
+def evaluation_plans(
     indices: Sequence[int], batch_size: int, shard: tuple[int, int] = (0, 1)
-) -> Plan:
-    """Returns the plan that takes every record of `indices` once, as it is, in order.
+) -> Generator[Plan, None, None]:
+    """Yields plans of one step each that take every record of `indices` once, as it is, in order.
 
     `shard` is that of `training_plans`.
     """
     rows = shard_rows(batch_size, shard)
-    padded = np.full(-(-len(indices) // batch_size) * batch_size, -1, np.int32)
-    padded[: len(indices)] = indices
-    record = padded.reshape(-1, batch_size)[:, rows.start : rows.stop]
-    return Plan(record, np.broadcast_to(np.eye(2, 3, dtype=np.float32), (*record.shape, 2, 3)))
+    for start in range(0, len(indices), batch_size):
+        record = np.full((1, batch_size), -1, np.int32)
+        taken = indices[start : start + batch_size]
+        record[0, : len(taken)] = taken
+        record = record[:, rows.start : rows.stop]
+        yield Plan(record, np.broadcast_to(np.eye(2, 3, dtype=np.float32), (*record.shape, 2, 3)))
 
 
 def take_batch(resident: Resident, step: Plan, channels: int) -> Batch:

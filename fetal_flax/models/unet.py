@@ -28,6 +28,8 @@ from fetal_flax.models.layers import Conv, FeatureMap, UpConv
 from fetal_flax.models.mobilenet_v2 import TAP_CHANNELS, MobileNetV2
 
 Logits = Float[Array, "batch height width 1"]
+Maps = tuple[FeatureMap, ...]
+"""An encoder's, from stride 2 to stride 32."""
 
 INIT_CHANNELS = 32
 BOTTLENECK_CHANNELS = 512
@@ -134,12 +136,16 @@ class MobileNetASPPSEUNet(nnx.Module):
         train: bool = False,
         train_encoder: bool = False,
         dropout_key: Array | None = None,
+        maps: Maps | None = None,
     ) -> Logits:
-        """Segments; the shapes in the comments are for 256×256 images."""
+        """Segments; the shapes in the comments are for 256×256 images.
+
+        `maps` are what `encode` has made of the images.
+        """
         images = as_input(images, self.config, self.divisor)
         enc0 = nnx.relu(self.init_conv(images, train=train))  # 256² × 32
         # 128² × 16, 64² × 24, 32² × 32, 16² × 96, 8² × 1280
-        enc1, enc2, enc3, enc4, enc5 = self.encoder(images, train=train_encoder)
+        enc1, enc2, enc3, enc4, enc5 = maps or self.encoder(images, train=train_encoder)
         x = self.aspp(enc5, train=train, dropout_key=dropout_key)  # 8² × 512
         x = self.stage5(x, enc4, train=train)  # 16² × 256
         x = self.stage4(x, enc3, train=train)  # 32² × 128
@@ -178,11 +184,15 @@ class MobileNetUNet(nnx.Module):
         train: bool = False,
         train_encoder: bool = False,
         dropout_key: Array | None = None,
+        maps: Maps | None = None,
     ) -> Logits:
-        """Segments; the network has no dropout and leaves the key unused."""
+        """Segments; the network has no dropout and leaves the key unused.
+
+        `maps` are what `encode` has made of the images.
+        """
         images = as_input(images, self.config, self.divisor)
         enc0 = nnx.relu(self.init_conv(images, train=train))
-        enc1, enc2, enc3, enc4, enc5 = self.encoder(images, train=train_encoder)
+        enc1, enc2, enc3, enc4, enc5 = maps or self.encoder(images, train=train_encoder)
         x = self.bottleneck(enc5, train=train)
         x = self.stage5(x, enc4, train=train)
         x = self.stage4(x, enc3, train=train)
@@ -223,8 +233,9 @@ class UNet(nnx.Module):
         train: bool = False,
         train_encoder: bool = False,
         dropout_key: Array | None = None,
+        maps: Maps | None = None,
     ) -> Logits:
-        """Segments; there is no pre-trained encoder and no dropout here."""
+        """Segments; there is no pre-trained encoder, so no maps of one, and no dropout here."""
         images = as_input(images, self.config, self.divisor)
         enc1 = self.down1(images, train=train)  # 256² × w
         enc2 = self.down2(max_pool(enc1), train=train)  # 128² × 2w
@@ -250,6 +261,11 @@ NETWORKS: dict[str, type[Network]] = {
 def create_network(config: ModelConfig, *, rngs: nnx.Rngs) -> Network:
     """Returns the network that `config` names, freshly initialised."""
     return NETWORKS[config.name](config, rngs=rngs)
+
+
+def encode(network: MobileNetASPPSEUNet | MobileNetUNet, images: FeatureMap) -> Maps:
+    """Returns what the encoder makes of the images in evaluation, for the call of `network`."""
+    return tuple(network.encoder(as_input(images, network.config, network.divisor), train=False))
 
 
 def as_input(images: FeatureMap, config: ModelConfig, divisor: int) -> FeatureMap:

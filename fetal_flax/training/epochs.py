@@ -21,11 +21,10 @@ from fetal_flax.data.pipeline import (
     DeviceBatches,
     TrainingOrder,
     WorkerDiedError,
-    evaluation_batches,
     prefetch_to_device,
     training_batches,
 )
-from fetal_flax.data.resident import evaluation_plan, training_plans
+from fetal_flax.data.resident import training_plans
 from fetal_flax.errors import Interrupted, RunError
 from fetal_flax.files import write_atomically
 from fetal_flax.models.functional import Variables
@@ -36,6 +35,7 @@ from fetal_flax.training.progress import Bar, Logs, Progress, traced
 from fetal_flax.training.schedule import EarlyStopping, Plateau
 from fetal_flax.training.sharding import batch_sharding, plan_sharding, replicate
 from fetal_flax.training.step import TrainState
+from fetal_flax.training.validation import Validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,51 +142,6 @@ def _batches(
     )
 
 
-def evaluate(
-    run: Run, variables: Variables, interruption: Interruption | None = None
-) -> dict[str, float]:
-    """Returns mean loss and Dice over the validation split, every image counted once.
-
-    Raises:
-        Interrupted: `interruption` was requested.
-    """
-    losses, dices = [], []
-    for metrics in _evaluated_batches(run, variables):
-        valid = np.asarray(metrics["valid"])
-        losses += [float(metrics["loss"])] * int(valid.sum())
-        dices += np.asarray(metrics["dice"])[valid].tolist()
-        if interruption and interruption.requested():
-            raise Interrupted
-    return {"validation_loss": float(np.mean(losses)), "validation_dice": float(np.mean(dices))}
-
-
-def _evaluated_batches(run: Run, variables: Variables) -> Iterator[dict[str, Any]]:
-    """Yields the metrics of each batch."""
-    config, batch_size = run.config, run.config.schedule.batch_size
-    if run.resident is not None:
-        plan = evaluation_plan(run.split.validation, batch_size, shard())
-        plans = prefetch_to_device(iter([plan]), plan_sharding(run.mesh))
-        metrics = jax.device_get(
-            run.steps.evaluate_resident(
-                variables, run.pos_weight_on_devices, run.resident, next(plans)
-            )
-        )
-        for step in range(len(plan.record)):
-            yield {name: values[step] for name, values in metrics.items()}
-        return
-    batches = evaluation_batches(
-        run.dataset,
-        run.split.validation,
-        config.data,
-        channels=config.model.in_channels,
-        batch_size=batch_size,
-        shard=shard(),
-    )
-    with contextlib.closing(prefetch_to_device(batches, batch_sharding(run.mesh))) as on_device:
-        for batch in on_device:
-            yield run.steps.evaluate(variables, run.pos_weight_on_devices, batch)
-
-
 class _NonFinite(Exception):  # noqa: N818  It leaves this module as a RunError.
     """A step was not applied, and the run is to stop."""
 
@@ -204,6 +159,7 @@ class Underway:
     """None in all processes but the first."""
     progress: Progress
     interruption: Interruption
+    validation: Validation
 
     def save(self, validation_dice: float | None = None) -> None:
         """Saves the state in the background, after an epoch or in between."""
@@ -283,7 +239,7 @@ def _train_remaining(underway: Underway, training: Training) -> None:
     while not underway.done.ended(schedule):
         start = time.perf_counter()
         numbers = _train_epoch(underway, training)
-        numbers |= evaluate(run, variables_of(underway.state), underway.interruption)
+        numbers |= underway.validation.measure(variables_of(underway.state), underway.interruption)
         numbers |= {
             "learning_rate": float(underway.state.learning_rates["main"]),
             "seconds": time.perf_counter() - start,

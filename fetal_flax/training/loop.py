@@ -38,6 +38,7 @@ from fetal_flax.training.interruption import Interruption
 from fetal_flax.training.preparation import Run, describe, prepare, split_method
 from fetal_flax.training.progress import Logs, Progress
 from fetal_flax.training.step import TrainState, create_state
+from fetal_flax.training.validation import Validation
 
 SHEET_IMAGES = 12
 # Settings that may change when a run is resumed: they don't change what a step computes.
@@ -46,6 +47,7 @@ RESUMABLE = (
     "schedule.non_finite",
     "data.workers",
     "data.prefetch",
+    "data.keep_validation_mb",
     "data.steps_per_dispatch",
     "data.cache_dir",
     "data.data_dir",
@@ -84,7 +86,9 @@ def train(
                 _write_start(run, workdir)
                 logs = Logs(workdir, int(state.step), done.history)
                 stack.enter_context(contextlib.closing(logs))
-            underway = Underway(run, workdir, state, done, saved, logs, progress, interruption)
+            underway = Underway(
+                run, workdir, state, done, saved, logs, progress, interruption, Validation(run)
+            )
             train_epochs(underway, workdir / "profile" if profile else None)
             saved.wait()
         interruption.raise_at_once()

@@ -21,6 +21,7 @@ from fetal_flax.data.resident import Plan, Resident, take_batch
 from fetal_flax.models import functional
 from fetal_flax.models.convolution import compiler_options
 from fetal_flax.models.functional import Arrays, Variables
+from fetal_flax.models.unet import Maps
 from fetal_flax.training import losses
 from fetal_flax.training.optimizer import (
     FROZEN,
@@ -64,14 +65,14 @@ class Steps(NamedTuple):
     train: jax.stages.Wrapped
     """(TrainState, pos_weight, Batch) → (TrainState, Metrics)."""
     evaluate: jax.stages.Wrapped
-    """(Variables, pos_weight, Batch) → Metrics."""
+    """(Variables, pos_weight, Batch, Maps of the batch or None) → Metrics."""
+    encode: jax.stages.Wrapped
+    """(Variables, Batch) → Maps of a network with an encoder."""
     train_resident: jax.stages.Wrapped
     """(TrainState, pos_weight, Resident, Plan) → (TrainState, Metrics): the steps of a plan, one
     after the other, in one dispatch; a metric has a leading axis of steps."""
     take: jax.stages.Wrapped
     """(Resident, Plan) → Batch of the plan's only step."""
-    evaluate_resident: jax.stages.Wrapped
-    """(Variables, pos_weight, Resident, Plan) → Metrics, likewise."""
 
 
 def create_state(config: TrainConfig, variables: Variables, mesh: Mesh) -> TrainState:
@@ -112,9 +113,9 @@ def create_steps(config: TrainConfig, mesh: Mesh) -> Steps:
     Returns:
         `train(state, pos_weight, batch)`, which consumes the state and returns the next one with
         `loss` and `dice` of the batch and whether it was `applied`, and `evaluate(variables,
-        pos_weight, batch)`, which returns the `loss` over the valid images, `dice` per image and
-        which are `valid`; and both over images that are on the devices. A step whose loss or
-        gradients are not finite is not applied (`schedule.non_finite`).
+        pos_weight, batch, maps)`, which returns the `loss` over the valid images, `dice` per image
+        and which are `valid`; and what they need to work on images that are on the devices. A step
+        whose loss or gradients are not finite is not applied (`schedule.non_finite`).
     """
     skip = config.schedule.non_finite == "skip"
     labels = _labels(config)
@@ -157,9 +158,15 @@ def create_steps(config: TrainConfig, mesh: Mesh) -> Steps:
         dice = losses.hard_dice(logits, jnp.asarray(batch.mask, logits.dtype))
         return next_state, {"loss": loss, "dice": dice.mean(), "applied": applied}
 
-    def evaluate(variables: Variables, pos_weight: float | Array, batch: Batch) -> Metrics:
+    def encode(variables: Variables, batch: Batch) -> Maps:
+        images, _, _ = _to_float(batch, _dtype(variables.params))
+        return functional.encode(config.model, variables, images)
+
+    def evaluate(
+        variables: Variables, pos_weight: float | Array, batch: Batch, maps: Maps | None
+    ) -> Metrics:
         images, masks, valid = _to_float(batch, _dtype(variables.params))
-        logits, _ = functional.apply(config.model, variables, images)
+        logits, _ = functional.apply(config.model, variables, images, maps=maps)
         loss = losses.dice_bce_loss(logits, masks, valid, config=config.loss, pos_weight=pos_weight)
         return {"loss": loss, "dice": losses.hard_dice(logits, masks), "valid": valid}
 
@@ -179,29 +186,22 @@ def create_steps(config: TrainConfig, mesh: Mesh) -> Steps:
     def take(resident: Resident, plan: Plan) -> Batch:
         return batch_of(resident, jax.tree.map(lambda array: array[0], plan))
 
-    def evaluate_resident(
-        variables: Variables, pos_weight: float | Array, resident: Resident, plan: Plan
-    ) -> Metrics:
-        return jax.lax.map(
-            lambda step: evaluate(variables, pos_weight, batch_of(resident, step)), plan
-        )
-
     options = compiler_options(deterministic=config.deterministic)
     jit = functools.partial(jax.jit, compiler_options=options)
     trained = {"out_shardings": (whole, whole), "donate_argnums": 0}
     return Steps(
         jit(train, in_shardings=(whole, whole, split), **trained),
-        jit(evaluate, in_shardings=(whole, whole, split), out_shardings=whole),
+        jit(evaluate, in_shardings=(whole, whole, split, split), out_shardings=whole),
+        jit(encode, in_shardings=(whole, split), out_shardings=split),
         jit(train_resident, in_shardings=(whole, whole, whole, planned), **trained),
         jit(take, in_shardings=(whole, planned), out_shardings=split),
-        jit(evaluate_resident, in_shardings=(whole, whole, whole, planned), out_shardings=whole),
     )
 
 
 def create_backward(config: TrainConfig) -> Callable[[TrainState, float | Array, Batch], Backward]:
     """Returns a step's forward and backward pass, without the update."""
     labels = _labels(config)
-    train_encoder = config.encoder.trainable or config.encoder.frozen_batch_norm == "batch"
+    train_encoder = not encoder_rests(config)
     dropout_key = jax.random.key(config.seed)
 
     def backward(state: TrainState, pos_weight: float | Array, batch: Batch) -> Backward:
@@ -230,6 +230,11 @@ def create_backward(config: TrainConfig) -> Callable[[TrainState, float | Array,
         return Backward(loss, gradients, batch_stats, logits)
 
     return backward
+
+
+def encoder_rests(config: TrainConfig) -> bool:
+    """Returns whether the encoder's parameters and batch statistics stay as they are."""
+    return not config.encoder.trainable and config.encoder.frozen_batch_norm != "batch"
 
 
 def _labels(config: TrainConfig) -> dict[str, str]:

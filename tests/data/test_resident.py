@@ -11,7 +11,7 @@ from fetal_flax.data.images import resize_image, resize_mask
 from fetal_flax.data.resident import (
     Plan,
     Resident,
-    evaluation_plan,
+    evaluation_plans,
     load_resident,
     resident_foreground_pixels,
     take_batch,
@@ -130,9 +130,9 @@ def test_what_meets_the_pixels_is_exact(resident, transform):
 
 
 def test_an_evaluation_takes_every_record_once_and_marks_the_padding(dataset, resident):
-    plan = evaluation_plan((1, 4, 5), batch_size=2)
-    assert plan.record.tolist() == [[1, 4], [5, -1]]
-    first, last = batches(resident, [plan])
+    plans = list(evaluation_plans((1, 4, 5), batch_size=2))
+    assert [plan.record.tolist() for plan in plans] == [[[1, 4]], [[5, -1]]]
+    first, last = batches(resident, plans)
     assert first.valid.tolist() == [True, True] and last.valid.tolist() == [True, False]
     np.testing.assert_array_equal(first.image[1, ..., 0], resident.image[4])
     np.testing.assert_array_equal(last.mask[0, ..., 0], resident.mask[5])

@@ -18,6 +18,7 @@ from fetal_flax.training import epochs, loop, preparation
 from fetal_flax.training.distributed import everywhere
 from fetal_flax.training.interruption import Interruption
 from fetal_flax.training.progress import Logs
+from fetal_flax.training.validation import Validation
 
 
 def at_call(monkeypatch, owner, name: str, number: int, do) -> None:
@@ -41,7 +42,7 @@ def raise_(error: Exception) -> None:
 MOMENTS = {
     "in the first step": (epochs.Underway, "count", 1, "2"),
     "in a step": (epochs.Underway, "count", 6, "1000003"),
-    "in validation": (epochs, "evaluate", 2, "1000004"),
+    "in validation": (Validation, "measure", 2, "1000004"),
     "while saving": (epochs.Underway, "save", 1, "1000001"),
 }
 

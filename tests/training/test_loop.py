@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
 
 from fetal_flax import checkpoints
@@ -17,8 +16,6 @@ from fetal_flax.config import (
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.training import loop
-from fetal_flax.training.epochs import evaluate
-from fetal_flax.training.preparation import prepare
 
 ROOT = Path(__file__).parents[2]
 TIMINGS = {"seconds", "images_per_second", "waiting"}
@@ -44,23 +41,6 @@ def test_the_best_checkpoint_describes_itself(finished, read_rows):
     assert variables.params.keys() == functional.shapes(description.model).params.keys()
     dices = [float(row["validation_dice"]) for row in read_rows(finished)]
     assert description.progress["history"][-1]["validation_dice"] == max(dices)
-
-
-def test_validation_counts_every_image_once(finished, small_config):
-    config = small_config()
-    run = prepare(config)
-    assert len(run.split.validation) % config.schedule.batch_size, "no padding would be tested"
-    variables, _ = checkpoints.load(finished)
-    whole = evaluate(run, variables)
-    singly = [
-        evaluate(
-            dataclasses.replace(run, split=dataclasses.replace(run.split, validation=(index,))),
-            variables,
-        )
-        for index in run.split.validation
-    ]
-    for name, value in whole.items():
-        assert value == pytest.approx(np.mean([one[name] for one in singly]), rel=1e-5)
 
 
 def test_resuming_goes_on_exactly(finished, small_config, tmp_path, read_rows, same_state):

@@ -151,7 +151,7 @@ def test_a_step_is_traced_once_whatever_the_learning_rate_and_pos_weight(monkeyp
         rates = {"main": jax.device_put(jnp.asarray(rate, jnp.float32), replicated(mesh))}
         state, _ = steps.train(state._replace(learning_rates=rates), weight, make_batch(4, 16, 16))
         variables = Variables(state.params, state.batch_stats)
-        steps.evaluate(variables, weight, make_batch(4, 16, 16, seed=1))
+        steps.evaluate(variables, weight, make_batch(4, 16, 16, seed=1), None)
     assert sorted(traced) == [False, True]
     assert int(state.step) == 3
 
@@ -198,7 +198,7 @@ def test_metrics_and_statistics_are_those_of_the_batch(unet, train, make_batch):
         _assert_near(state.batch_stats, batch_stats, 1e-4)
         dice = dice.mean()
     else:
-        metrics = steps.evaluate(variables, POS_WEIGHT, batch)
+        metrics = steps.evaluate(variables, POS_WEIGHT, batch, None)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["dice"], dice, rtol=1e-5)
 
@@ -213,8 +213,8 @@ def test_padded_rows_of_an_evaluation_batch_change_nothing(unet, make_batch):
             np.array([True, True, False, False]),
             np.array([0, 1, -1, -1], np.int32),
         )
-        results.append(_host(steps.evaluate(variables, POS_WEIGHT, padded)))
-    alone = steps.evaluate(variables, POS_WEIGHT, batch)
+        results.append(_host(steps.evaluate(variables, POS_WEIGHT, padded, None)))
+    alone = steps.evaluate(variables, POS_WEIGHT, batch, None)
     for result in results:
         np.testing.assert_allclose(result["loss"], alone["loss"], rtol=1e-6)
         np.testing.assert_allclose(result["dice"][:2], alone["dice"], rtol=1e-6)

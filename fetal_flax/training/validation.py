@@ -1,0 +1,119 @@
+"""What the validation split says of a network, epoch after epoch."""
+
+import collections
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from fetal_flax.data.pipeline import (
+    Batch,
+    DeviceBatches,
+    evaluation_batches,
+    prefetch_to_device,
+)
+from fetal_flax.data.resident import evaluation_plans
+from fetal_flax.errors import Interrupted
+from fetal_flax.models.functional import Variables
+from fetal_flax.models.unet import Maps
+from fetal_flax.training.distributed import shard
+from fetal_flax.training.interruption import Interruption
+from fetal_flax.training.preparation import Run
+from fetal_flax.training.sharding import batch_sharding, plan_sharding
+from fetal_flax.training.step import encoder_rests
+
+
+class Validation:
+    """Measures networks on a run's validation split.
+
+    Its images are the same every time, and so is what a frozen encoder makes of them. Both stay on
+    the devices from the first time on, as far as `data.keep_validation_mb` allows; the numbers are
+    the same to the bit, whether kept or not.
+
+    Args:
+        run: The run.
+    """
+
+    def __init__(self, run: Run):
+        self._run = run
+        config = run.config
+        self._encodes = config.model.name != "unet" and encoder_rests(config)
+        self._kept: list[tuple[Batch, Maps | None]] = []
+
+    def measure(
+        self, variables: Variables, interruption: Interruption | None = None
+    ) -> dict[str, float]:
+        """Returns mean loss and Dice, every image counted once.
+
+        Args:
+            variables: The network; a frozen encoder has the same ones every time.
+            interruption: Ends it early.
+
+        Raises:
+            Interrupted: `interruption` was requested.
+        """
+        losses: list[float] = []
+        dices: list[float] = []
+        pending: collections.deque[dict[str, jax.Array]] = collections.deque()
+
+        def read() -> None:
+            metrics = jax.device_get(pending.popleft())
+            valid = metrics["valid"]
+            losses.extend([float(metrics["loss"])] * int(valid.sum()))
+            dices.extend(metrics["dice"][valid].tolist())
+
+        evaluate, pos_weight = self._run.steps.evaluate, self._run.pos_weight_on_devices
+        for batch, maps in self._inputs(variables):
+            pending.append(evaluate(variables, pos_weight, batch, maps))
+            if len(pending) > 1:
+                read()
+            if interruption and interruption.requested():
+                raise Interrupted
+        while pending:
+            read()
+        return {"validation_loss": float(np.mean(losses)), "validation_dice": float(np.mean(dices))}
+
+    def _inputs(self, variables: Variables) -> Iterator[tuple[Batch, Maps | None]]:
+        """Yields the batches with their maps; keeps them once it has yielded all."""
+        if self._kept:
+            for batch, maps in self._kept:
+                yield batch, self._encode(variables, batch) if maps is None else maps
+            return
+        kept = []
+        with contextlib.closing(self._open()) as batches:
+            for batch in batches:
+                maps = self._encode(variables, batch)
+                if self._fits(batch):
+                    kept.append((batch, maps if self._fits((batch, maps)) else None))
+                yield batch, maps
+        self._kept = kept
+
+    def _encode(self, variables: Variables, batch: Batch) -> Maps | None:
+        return self._run.steps.encode(variables, batch) if self._encodes else None
+
+    def _fits(self, of_a_batch: Any) -> bool:
+        """Returns whether the arrays of all batches are few enough to be kept."""
+        config = self._run.config
+        batches = -(-len(self._run.split.validation) // config.schedule.batch_size)
+        size = sum(array.nbytes for array in jax.tree.leaves(of_a_batch))
+        return batches * size / self._run.mesh.size <= config.data.keep_validation_mb * 1e6
+
+    def _open(self) -> DeviceBatches[Batch]:
+        run, config = self._run, self._run.config
+        batch_size = config.schedule.batch_size
+        if run.resident is None:
+            batches = evaluation_batches(
+                run.dataset,
+                run.split.validation,
+                config.data,
+                channels=config.model.in_channels,
+                batch_size=batch_size,
+                shard=shard(),
+            )
+            return prefetch_to_device(batches, batch_sharding(run.mesh))
+        plans = evaluation_plans(run.split.validation, batch_size, shard())
+        take = functools.partial(run.steps.take, run.resident)
+        return prefetch_to_device(plans, plan_sharding(run.mesh), prepare=take)
