@@ -10,7 +10,11 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def alternate(
-    calls: Mapping[Key, Callable[[], Any]], repeats: int, limit: float = float("inf")
+    calls: Mapping[Key, Callable[[], Any]],
+    repeats: int,
+    limit: float = float("inf"),
+    *,
+    warm: bool = False,
 ) -> dict[Key, list[float]]:
     """Returns every call's seconds, taken in turn, so that a busy machine disturbs all alike.
 
@@ -20,11 +24,15 @@ def alternate(
         calls: What to time.
         repeats: Rounds.
         limit: Seconds after which, and three rounds, no further round begins.
+        warm: Run each once, unmeasured, right before it is timed, so that it finds the caches and
+            the memory as it leaves them, and not as another call did.
     """
     seconds: dict[Key, list[float]] = {key: [] for key in calls}
     start = time.perf_counter()
     for turn in range(repeats + 1):
         for key, call in calls.items():
+            if warm:
+                jax.block_until_ready(call())
             before = time.perf_counter()
             jax.block_until_ready(call())
             if turn:

@@ -125,9 +125,9 @@ def test_a_mistake_turns_a_test_red(copy, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tests", sorted({mutation.tests for mutation in MUTATIONS.values()}))
-def test_without_a_mistake_the_same_tests_pass(copy, tests):
-    result = _run(copy, tests)
+def test_without_a_mistake_a_copys_tests_pass(copy):
+    """Some of them, and that they are the copy's; all of them pass outside of it."""
+    result = _run(copy, NETWORK)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (
         str(copy)

@@ -168,7 +168,7 @@ def convolution_1x1(x: FeatureMap, kernel: Kernel) -> FeatureMap:
     """1×1 convolution with stride 1 whose weight gradient is summed over bands of rows.
 
     For the weight gradient as one product, XLA's CPU backend transposes the whole map in memory. A
-    training step of batch 16 takes 0.95 of what it takes with that.
+    training step of batch 16 takes 0.95 to 0.98 of what it takes with that.
     """
     return x @ kernel[0, 0]
 

@@ -3,9 +3,6 @@
 All maps are NHWC. Parameters are float32; a layer computes in the dtype of the map it is given.
 """
 
-import functools
-import operator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,8 +25,8 @@ class Conv(nnx.Module):
     """Square 2-D convolution, padded as torch pads: evenly, by `dilation · (size − 1) / 2`.
 
     Flax's SAME pads an even map (0, 1) at stride 2, which gives the same shape and other numbers.
-    Several maps are convolved as if they were concatenated: each with its share of the kernel,
-    which saves writing and reading the concatenation.
+    Several maps are concatenated first. Convolved by shares of the kernel and added, they would
+    cost a training step 4 to 7 % on a CPU.
 
     Args:
         inputs: Input channels.
@@ -65,13 +62,13 @@ class Conv(nnx.Module):
         self.depthwise = depthwise
 
     def __call__(self, *maps: FeatureMap) -> FeatureMap:
-        kernel = self.kernel[...].astype(maps[0].dtype)
-        ends = np.cumsum([x.shape[-1] for x in maps])[:-1]
-        shares = jnp.split(kernel, ends, axis=2)
-        options = {"stride": self.stride, "dilation": self.dilation, "depthwise": self.depthwise}
-        y = functools.reduce(
-            operator.add,
-            [convolution(x, share, **options) for x, share in zip(maps, shares, strict=True)],
+        x = maps[0] if len(maps) == 1 else jnp.concatenate(maps, axis=-1)
+        y = convolution(
+            x,
+            self.kernel[...].astype(x.dtype),
+            stride=self.stride,
+            dilation=self.dilation,
+            depthwise=self.depthwise,
         )
         return y if self.bias is None else y + per_channel(self.bias[...].astype(y.dtype))
 
@@ -109,8 +106,8 @@ def normalize(x: FeatureMap, scale: Vector, bias: Vector) -> tuple[FeatureMap, V
     """Normalises a map by its own statistics, by a gradient rule of its own.
 
     The rule keeps the map and two vectors for the backward pass. Differentiated by JAX, the
-    statistics' arithmetic keeps the centred map too and passes over the maps more often; a
-    training step of batch 16 takes a fifth longer with that on a CPU.
+    statistics' arithmetic keeps the centred map too and passes over the maps more often; with that,
+    a training step of batch 16 takes from no longer to a fifth longer, by processor.
 
     Returns:
         The normalised map, its mean and its biased variance. The statistics carry no gradient.
