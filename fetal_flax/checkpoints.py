@@ -19,9 +19,11 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +93,7 @@ class TrainingCheckpoints:
     def __init__(self, workdir: Path):
         best = _policies.BestN(get_metric_fn=_dice, n=1, keep_checkpoints_without_metrics=False)
         keep = _policies.AnyPreservationPolicy([_policies.LatestN(2), best])
+        _silence_late_reports()
         self._workdir = workdir
         self._damaged = _damaged_descriptions(workdir)
         if self._damaged and len(self._damaged) == len(_numbers(workdir)):
@@ -353,7 +356,7 @@ def _restore(
     manager: ocp.CheckpointManager, number: int, abstract: Mapping[str, Any], directory: Path
 ) -> tuple[dict[str, Any], Description]:
     """Restores the items of `abstract` and the description, and checks their digests."""
-    _silence_late_reads()
+    _silence_late_reports()
     with _damage_named(directory, number):
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         restored = manager.restore(
@@ -368,21 +371,41 @@ def _restore(
     return items, description
 
 
+_LATE = (
+    "Event loop is closed",
+    "See full TensorStore details",
+    "Error writing ",
+    "cannot schedule new futures after shutdown",
+    "Python is likely shutting down",
+)
+
+
 @functools.cache
-def _silence_late_reads() -> None:
-    """Keeps a traceback for each array off the terminal when one of them can't be read.
+def _silence_late_reports() -> None:
+    """Keeps a traceback for each array off the terminal when one can't be read or written.
 
     Orbax gives up at the first and closes its event loop; TensorStore still reports the others to
     it or to the coroutines that waited, each an exception that nothing can catch.
     """
-    before = sys.unraisablehook
+    unraisablehook, excepthook = sys.unraisablehook, sys.excepthook
 
-    def hook(unraisable: Any) -> None:
-        message = str(unraisable.exc_value)
-        if message != "Event loop is closed" and "See full TensorStore details" not in message:
-            before(unraisable)
+    def is_late(error: BaseException | None) -> bool:
+        return any(words in str(error) for words in _LATE)
 
-    sys.unraisablehook = hook
+    def of_nobody(unraisable: Any) -> None:
+        if not is_late(unraisable.exc_value):
+            unraisablehook(unraisable)
+
+    def of_a_thread(kind: Any, error: BaseException, traceback: Any) -> None:
+        if not is_late(error):
+            excepthook(kind, error, traceback)
+
+    def of_a_task(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and is_late(record.exc_info[1]))
+
+    sys.unraisablehook, sys.excepthook = of_nobody, of_a_thread
+    logging.getLogger("asyncio").addFilter(of_a_task)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _checked(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

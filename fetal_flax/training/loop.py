@@ -79,11 +79,15 @@ def train(
         progress = Progress(config.schedule.epochs, quiet=not is_first())
         progress.say(describe(run))
         with _disk_failure_named(workdir), contextlib.ExitStack() as stack:
+            if not resume:
+                # Before there are checkpoints, which nothing could go on from without it.
+                everywhere(lambda: _write_start(run, workdir))
             saved = stack.enter_context(contextlib.closing(TrainingCheckpoints(workdir)))
             state, done = _start(run, workdir, saved, progress, resume=resume)
             logs = None
-            if is_first():
+            if resume:
                 _write_start(run, workdir)
+            if is_first():
                 logs = Logs(workdir, int(state.step), done.history)
                 stack.enter_context(contextlib.closing(logs))
             underway = Underway(
@@ -203,6 +207,8 @@ def _check_same_split(run: Run, workdir: Path) -> None:
 
 
 def _write_start(run: Run, workdir: Path) -> None:
+    if not is_first():
+        return
     write_atomically(workdir / "config.json", json_bytes(to_dict(run.config)))
     splits.write_manifest(
         workdir / "split.json", run.split, run.dataset.names, method=split_method(run.config)

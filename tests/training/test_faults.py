@@ -208,3 +208,14 @@ def test_a_coordinator_is_asked_for(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr("jax.distributed.initialize", lambda *_: raise_(ValueError("no address")))
     assert cli.main(["train", "--distributed"]) == 2
     assert "--coordinator HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_disk_full_at_the_first_write_leaves_a_workdir_to_begin_in(
+    small_config, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patched:
+        at_call(patched, loop, "write_atomically", 1, lambda: raise_(InputError("disk full")))
+        with pytest.raises(InputError, match="disk full"):
+            loop.train(small_config(epochs=1), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    loop.train(small_config(epochs=1), tmp_path / "run")
