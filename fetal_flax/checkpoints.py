@@ -23,6 +23,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -188,8 +189,13 @@ class TrainingCheckpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Lets go of the folder; `wait` first."""
-        self._manager.close()
+        """Lets go of the folder; `wait` first.
+
+        Raises:
+            OSError: What was still being saved can't be written.
+        """
+        with _write_failure_named():
+            self._manager.close()
 
     def _put_aside(self, numbers: Collection[int]) -> None:
         if numbers and jax.process_index() == 0:
@@ -390,14 +396,15 @@ def _silence_late_reports() -> None:
     unraisablehook, excepthook = sys.unraisablehook, sys.excepthook
 
     def is_late(error: BaseException | None) -> bool:
-        return any(words in str(error) for words in _LATE)
+        of_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+        return of_disk or any(words in str(error) for words in _LATE)
 
     def of_nobody(unraisable: Any) -> None:
         if not is_late(unraisable.exc_value):
             unraisablehook(unraisable)
 
     def of_a_thread(kind: Any, error: BaseException, traceback: Any) -> None:
-        if not is_late(error):
+        if threading.current_thread() is threading.main_thread() or not is_late(error):
             excepthook(kind, error, traceback)
 
     def of_a_task(record: logging.LogRecord) -> bool:
