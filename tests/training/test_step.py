@@ -91,11 +91,13 @@ def unet() -> tuple[Mesh, Steps]:
     return mesh, create_steps(UNET, mesh)
 
 
-def _assert_devices_agree_in_float64(config: TrainConfig, batches: list[Batch]) -> None:
+def _assert_devices_agree_in_float64(
+    config: TrainConfig, batches: list[Batch], *, devices: int
+) -> None:
     with jax.enable_x64(True):
         before = _variables(config, jnp.float64)
         single = _train(config, batches, dtype=jnp.float64)
-        sharded = _train(config, batches, devices=8, dtype=jnp.float64)
+        sharded = _train(config, batches, devices=devices, dtype=jnp.float64)
         _assert_near(sharded.state.params, single.state.params, 1e-9)
         _assert_near(sharded.state.batch_stats, single.state.batch_stats, 1e-9)
         assert sharded.metrics == [pytest.approx(m, rel=1e-9) for m in single.metrics]
@@ -107,7 +109,8 @@ def _assert_devices_agree_in_float64(config: TrainConfig, batches: list[Batch]) 
 @pytest.mark.parametrize("dice_over", ["image", pytest.param("batch", marks=pytest.mark.slow)])
 def test_one_and_eight_devices_agree(dice_over, make_batch):
     config = TrainConfig(model=UNET.model, loss=LossConfig(dice_over=dice_over))
-    _assert_devices_agree_in_float64(config, [make_batch(8, 32, 16, seed) for seed in range(3)])
+    batches = [make_batch(8, 32, 16, seed) for seed in range(3)]
+    _assert_devices_agree_in_float64(config, batches, devices=8)
 
 
 @pytest.mark.slow
@@ -124,9 +127,10 @@ def test_one_and_eight_devices_agree_in_float32(make_batch):
 
 
 @pytest.mark.slow
-def test_one_and_eight_devices_agree_on_the_default_network(make_batch):
+def test_one_device_and_two_agree_on_the_default_network(make_batch):
+    """On eight, XLA's collectives wait for each other for ever where there are but two cores."""
     batches = [make_batch(8, 64, 64, seed) for seed in range(3)]
-    _assert_devices_agree_in_float64(DEFAULT, batches)
+    _assert_devices_agree_in_float64(DEFAULT, batches, devices=2)
 
 
 def test_a_step_is_traced_once_whatever_the_learning_rate_and_pos_weight(monkeypatch, make_batch):
