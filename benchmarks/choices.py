@@ -18,7 +18,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import alternate
+from timing import alternate, apart, spread
 
 from fetal_flax.config import TrainConfig
 from fetal_flax.data.pipeline import Batch
@@ -118,18 +118,15 @@ def report(title: str, choices: list[Choice], create: Callable, batch: Batch, re
     for name, replaced in without.items():
         with plainly(replaced):
             calls[name], results[name] = create(batch)
-    expected = results[""]
-    scale = expected.std() if expected.ndim else abs(expected)
     for name, result in results.items():
-        error = np.abs(result - expected).max() / scale
+        error = apart(result, results[""])
         assert error < TOLERANCE, f"{name}: {error:.1e}"
     seconds = alternate(calls, repeats, warm=True)
     chosen = seconds.pop("")
     print(f"\n| {title}: {1e3 * statistics.median(chosen):.0f} ms | ratio (quartiles) |\n|---|---|")
     for name, times in seconds.items():
         ratios = [ours / theirs for ours, theirs in zip(chosen, times, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"| {name} | {middle:.2f} ({low:.2f}–{high:.2f}) |", flush=True)
+        print(f"| {name} | {spread(ratios, 2)} |", flush=True)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ round. On a GPU, PyTorch runs there too; float32 products are then whatever each
 
 import argparse
 import dataclasses
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from timing import alternate
+from timing import alternate, apart, spread
 
 from fetal_flax.config import EncoderConfig, TrainConfig
 from fetal_flax.data.images import resize_image, resize_mask
@@ -98,10 +97,9 @@ def case(title: str, ways: list[Way], options: argparse.Namespace) -> bool:
             continue
         first[way.name] = time.perf_counter() - start
         expected = result if expected is None else expected
-        scale = expected.std() if expected.ndim else abs(expected)
-        apart = np.abs(result - expected).max() / scale
-        if not apart <= TOLERANCES[way.precision]:
-            wrong.append(f"{way.name} differs by {apart:.1e}")
+        error = apart(result, expected)
+        if not error <= TOLERANCES[way.precision]:
+            wrong.append(f"{way.name} differs by {error:.1e}")
         calls[way.name] = call
     seconds = alternate(calls, options.repeats, options.seconds)
     for way in ways:
@@ -115,11 +113,6 @@ def case(title: str, ways: list[Way], options: argparse.Namespace) -> bool:
     for line in wrong:
         print(f"\n{line}")
     return any("differs" in line for line in wrong)
-
-
-def spread(values: list[float], digits: int) -> str:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
 def data(batch: int, size: int) -> Batch:

@@ -1,10 +1,12 @@
 """Timing calls side by side; what the benchmarks share."""
 
+import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -40,3 +42,15 @@ def alternate(
         if turn >= 3 and time.perf_counter() - start > limit:
             break
     return seconds
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Returns the median with the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def apart(result: np.ndarray, expected: np.ndarray) -> float:
+    """Returns the largest difference over the deviation, or over the size of a single number."""
+    scale = expected.std() if expected.ndim else abs(expected)
+    return float(np.abs(result - expected).max() / scale)

@@ -15,8 +15,7 @@ from fetal_flax.config import ModelConfig
 from fetal_flax.models import folding
 from fetal_flax.models.initializers import HostRngs
 from fetal_flax.models.layers import FeatureMap
-from fetal_flax.models.unet import Logits, Maps, Network, UNet, create_network
-from fetal_flax.models.unet import encode as encode_by
+from fetal_flax.models.unet import Logits, Maps, Network, UNet, as_input, create_network
 
 Arrays = dict[str, Array]
 
@@ -101,7 +100,8 @@ def encode(config: ModelConfig, variables: Variables, images: FeatureMap) -> Map
     network = merge(config, variables)
     assert not isinstance(network, UNet)
     folding.fold_norms(network.encoder)
-    return encode_by(network, images)
+    images = as_input(images, config, network.divisor)
+    return tuple(network.encoder(images, train=False))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -140,7 +140,7 @@ class MobileNetASPPSEUNet(nnx.Module):
     ) -> Logits:
         """Segments; the shapes in the comments are for 256×256 images.
 
-        `maps` are what `encode` has made of the images.
+        `maps` are what the encoder has made of the images before.
         """
         images = as_input(images, self.config, self.divisor)
         enc0 = nnx.relu(self.init_conv(images, train=train))  # 256² × 32
@@ -188,7 +188,7 @@ class MobileNetUNet(nnx.Module):
     ) -> Logits:
         """Segments; the network has no dropout and leaves the key unused.
 
-        `maps` are what `encode` has made of the images.
+        `maps` are what the encoder has made of the images before.
         """
         images = as_input(images, self.config, self.divisor)
         enc0 = nnx.relu(self.init_conv(images, train=train))
@@ -261,11 +261,6 @@ NETWORKS: dict[str, type[Network]] = {
 def create_network(config: ModelConfig, *, rngs: nnx.Rngs) -> Network:
     """Returns the network that `config` names, freshly initialised."""
     return NETWORKS[config.name](config, rngs=rngs)
-
-
-def encode(network: MobileNetASPPSEUNet | MobileNetUNet, images: FeatureMap) -> Maps:
-    """Returns what the encoder makes of the images in evaluation, for the call of `network`."""
-    return tuple(network.encoder(as_input(images, network.config, network.divisor), train=False))
 
 
 def as_input(images: FeatureMap, config: ModelConfig, divisor: int) -> FeatureMap:

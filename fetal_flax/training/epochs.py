@@ -159,7 +159,11 @@ class Underway:
     """None in all processes but the first."""
     progress: Progress
     interruption: Interruption
-    validation: Validation
+
+    @functools.cached_property
+    def validation(self) -> Validation:
+        """The run's, which keeps what it needs again."""
+        return Validation(self.run)
 
     def save(self, validation_dice: float | None = None) -> None:
         """Saves the state in the background, after an epoch or in between."""

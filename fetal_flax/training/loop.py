@@ -38,7 +38,6 @@ from fetal_flax.training.interruption import Interruption
 from fetal_flax.training.preparation import Run, describe, prepare, split_method
 from fetal_flax.training.progress import Logs, Progress
 from fetal_flax.training.step import TrainState, create_state
-from fetal_flax.training.validation import Validation
 
 SHEET_IMAGES = 12
 # Settings that may change when a run is resumed: they don't change what a step computes.
@@ -90,9 +89,7 @@ def train(
             if is_first():
                 logs = Logs(workdir, int(state.step), done.history)
                 stack.enter_context(contextlib.closing(logs))
-            underway = Underway(
-                run, workdir, state, done, saved, logs, progress, interruption, Validation(run)
-            )
+            underway = Underway(run, workdir, state, done, saved, logs, progress, interruption)
             train_epochs(underway, workdir / "profile" if profile else None)
             saved.wait()
         interruption.raise_at_once()

@@ -114,8 +114,9 @@ def create_steps(config: TrainConfig, mesh: Mesh) -> Steps:
         `train(state, pos_weight, batch)`, which consumes the state and returns the next one with
         `loss` and `dice` of the batch and whether it was `applied`, and `evaluate(variables,
         pos_weight, batch, maps)`, which returns the `loss` over the valid images, `dice` per image
-        and which are `valid`; and what they need to work on images that are on the devices. A step
-        whose loss or gradients are not finite is not applied (`schedule.non_finite`).
+        and which are `valid`, from the `maps` that `encode(variables, batch)` returns, if given;
+        and what takes batches from images that are on the devices. A step whose loss or gradients
+        are not finite is not applied (`schedule.non_finite`).
     """
     skip = config.schedule.non_finite == "skip"
     labels = _labels(config)

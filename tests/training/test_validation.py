@@ -122,7 +122,7 @@ def test_an_encoder_that_moves_is_asked_every_time(small_config):
         assert not encoded
 
 
-def test_the_maps_are_the_encoders(small_config, make_batch):
+def test_the_maps_are_the_encoders(make_batch):
     """In float64: the network on its encoder's maps is the network."""
     model = ModelConfig(name="mobilenet_unet")
     with jax.enable_x64(True):
