@@ -180,8 +180,8 @@ class DataConfig:
     """Who prepares batches: the host's processors, or the device, which then holds the whole data
     set (HC18 at 256×256: 131 MB); both take the same images, varied alike."""
     steps_per_dispatch: int | None = None
-    """Training steps that the device runs without asking the host, at most, with `backend`
-    device; None takes a whole epoch on an accelerator and one step on a CPU."""
+    """Training steps in one call, at most: as many as divide an epoch's. None takes two on a CPU;
+    on an accelerator a whole epoch with `backend` device, else one."""
     workers: int | None = None
     """Grain worker processes; 0 loads in threads of this process; None picks by CPU count."""
     prefetch: int = 4

@@ -6,8 +6,10 @@ the step at which a run was resumed changes it.
 
 import atexit
 import collections
+import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -136,6 +138,24 @@ def training_batches(
     )
     workers = _default_workers() if config.workers is None else config.workers
     return _batches(samples, len(samples.rows), config.prefetch, workers)
+
+
+def stack_steps(
+    batches: Generator[Batch, None, None], steps: int, start_step: int
+) -> Generator[Batch, None, None]:
+    """Yields what a call of several steps takes: batches behind a leading axis of steps.
+
+    Args:
+        batches: The batches of the steps from `start_step` on; closed at the end.
+        steps: Steps per call; in an epoch that has begun, fewer may come first, so that calls
+            begin at its multiples.
+        start_step: The first step.
+    """
+    with contextlib.closing(batches):
+        size = steps - start_step % steps
+        while several := list(itertools.islice(batches, size)):
+            yield jax.tree.map(lambda *arrays: np.stack(arrays), *several)
+            size = steps
 
 
 def evaluation_batches(

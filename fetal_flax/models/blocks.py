@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from fetal_flax.models.initializers import torch_uniform
 from fetal_flax.models.layers import BatchNorm, Conv, FeatureMap
@@ -65,11 +66,14 @@ class SqueezeExcite(nnx.Module):
         self.squeeze = _dense(channels, hidden, bias, rngs)
         self.excite = _dense(hidden, channels, bias, rngs)
 
-    def __call__(self, x: FeatureMap) -> FeatureMap:
-        # The weights are few: they stay in at least float32 whatever the map's dtype.
+    def weights(self, x: FeatureMap) -> Float[Array, "batch channels"]:
+        """Returns the factors of the map's channels, in its dtype."""
+        # They are few: until then they stay in at least float32 whatever the map's dtype.
         pooled = x.mean((1, 2), dtype=np.promote_types(x.dtype, np.float32))
-        weights = nnx.sigmoid(self.excite(nnx.relu(self.squeeze(pooled))))
-        return x * weights[:, None, None, :].astype(x.dtype)
+        return nnx.sigmoid(self.excite(nnx.relu(self.squeeze(pooled)))).astype(x.dtype)
+
+    def __call__(self, x: FeatureMap) -> FeatureMap:
+        return x * self.weights(x)[:, None, None, :]
 
 
 class ResidualSEBlock(nnx.Module):

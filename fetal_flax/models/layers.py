@@ -126,10 +126,12 @@ def _normalize(x: FeatureMap, scale: Vector, bias: Vector) -> tuple:
 def _normalize_backward(saved: tuple, gradients: tuple) -> tuple:
     x, scale, mean, inverse = saved
     gradient = gradients[0].astype(mean.dtype)
-    centred = x.astype(mean.dtype) - per_channel(mean)
     by_bias = gradient.sum((0, 1, 2))
-    by_scale = (gradient * centred).sum((0, 1, 2)) * inverse
+    # Not by the centred map, which XLA would then keep from the forward pass on, beside the map.
+    # No digits are lost: the map's own rounding is relative to its distance from zero, too.
+    by_scale = ((gradient * x.astype(mean.dtype)).sum((0, 1, 2)) - mean * by_bias) * inverse
     count = x.size // x.shape[-1]
+    centred = x.astype(mean.dtype) - per_channel(mean)
     common = per_channel(by_bias / count) + centred * per_channel(by_scale * inverse / count)
     by_x = per_channel(scale * inverse) * (gradient - common)
     return by_x.astype(x.dtype), by_scale, by_bias

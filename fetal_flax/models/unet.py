@@ -127,7 +127,7 @@ class MobileNetASPPSEUNet(nnx.Module):
             SEStage(*channels, variant, rngs=rngs)
             for channels in zip(inputs, SKIP_CHANNELS, DECODER_CHANNELS, strict=True)
         )
-        self.head = Conv(DECODER_CHANNELS[-1], 1, 1, bias=True, rngs=rngs)
+        self.head: Conv | None = Conv(DECODER_CHANNELS[-1], 1, 1, bias=True, rngs=rngs)
 
     def __call__(
         self,
@@ -152,7 +152,7 @@ class MobileNetASPPSEUNet(nnx.Module):
         x = self.stage3(x, enc2, train=train)  # 64² × 64
         x = self.stage2(x, enc1, train=train)  # 128² × 32
         x = self.stage1(x, enc0, train=train)  # 256² × 32
-        return as_logits(self.head(x))  # 256² × 1
+        return as_logits(x if self.head is None else self.head(x))  # 256² × 1
 
 
 class MobileNetUNet(nnx.Module):

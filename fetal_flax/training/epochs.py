@@ -22,6 +22,7 @@ from fetal_flax.data.pipeline import (
     TrainingOrder,
     WorkerDiedError,
     prefetch_to_device,
+    stack_steps,
     training_batches,
 )
 from fetal_flax.data.resident import training_plans
@@ -33,7 +34,7 @@ from fetal_flax.training.interruption import Interruption
 from fetal_flax.training.preparation import Run
 from fetal_flax.training.progress import Bar, Logs, Progress, traced
 from fetal_flax.training.schedule import EarlyStopping, Plateau
-from fetal_flax.training.sharding import batch_sharding, plan_sharding, replicate
+from fetal_flax.training.sharding import plan_sharding, replicate
 from fetal_flax.training.step import TrainState
 from fetal_flax.training.validation import Validation
 
@@ -78,7 +79,7 @@ class Training(NamedTuple):
     step: Callable[..., Any]
     constants: tuple[Any, ...]
     work: DeviceBatches
-    """A batch, or a plan of several, at a time."""
+    """The batches of several steps, or a plan of them, at a time."""
     steps: int
     """Training steps that one call of `step` does; in an epoch that has begun, fewer at first."""
 
@@ -86,17 +87,16 @@ class Training(NamedTuple):
 @contextlib.contextmanager
 def open_training(run: Run, start_step: int, total_steps: int) -> Iterator[Training]:
     """Opens the steps from `start_step` up to `total_steps`, an epoch's end."""
-    config = run.config
+    config, steps = run.config, run.steps_per_dispatch
     if run.resident is None:
         batches = _batches(run, config.data, start_step, total_steps, shard())
-        work = prefetch_to_device(batches, batch_sharding(run.mesh))
-        training = Training(run.train_step, (run.pos_weight_on_devices,), work, steps=1)
+        on_host = stack_steps(batches, steps, start_step)
+        any_number, constants = run.steps.train_several, (run.pos_weight_on_devices,)
     else:
-        steps = run.steps_per_dispatch
         order = TrainingOrder(
             run.split.train, config.augmentation, config.seed, config.schedule.batch_size
         )
-        plans = training_plans(
+        on_host = training_plans(
             order,
             config.data.image_size,
             steps=steps,
@@ -104,24 +104,15 @@ def open_training(run: Run, start_step: int, total_steps: int) -> Iterator[Train
             total_steps=total_steps,
             shard=shard(),
         )
-        sharding = plan_sharding(run.mesh)
-        if steps == 1:
-            # Taken in a call of its own: in the step's, XLA's CPU backend repeats the warp for
-            # each of its readers and takes twenty times as long.
-            take = functools.partial(run.steps.take, run.resident)
-            work = prefetch_to_device(plans, sharding, prepare=take)
-            training = Training(run.train_step, (run.pos_weight_on_devices,), work, steps)
-        else:
-            work = prefetch_to_device(plans, sharding)
-            constants = run.pos_weight_on_devices, run.resident
+        any_number, constants = run.steps.train_resident, (run.pos_weight_on_devices, run.resident)
 
-            def step(*arguments: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-                whole = len(arguments[-1].record) == steps
-                return (run.train_step if whole else run.steps.train_resident)(*arguments)
+    def step(*arguments: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        whole = len(arguments[-1].record) == steps
+        return (run.train_step if whole else any_number)(*arguments)
 
-            training = Training(step, constants, work, steps)
+    work = prefetch_to_device(on_host, plan_sharding(run.mesh))
     with contextlib.closing(work):
-        yield training
+        yield Training(step, constants, work, steps)
 
 
 def _batches(
@@ -257,7 +248,7 @@ def _train_remaining(underway: Underway, training: Training) -> None:
 
 
 def _train_epoch(underway: Underway, training: Training) -> dict[str, float]:
-    """Runs an epoch's steps, reading metrics one call late so that dispatch never waits."""
+    """Runs an epoch's steps; where a call does one, metrics are read one late: no device waits."""
     run, done, work = underway.run, underway.done, training.work
     batch_size = run.config.schedule.batch_size
     epoch = done.epochs + 1
@@ -287,7 +278,8 @@ def _train_epoch(underway: Underway, training: Training) -> dict[str, float]:
                 underway.state, metrics = training.step(underway.state, *training.constants, batch)
                 dispatched += metrics["loss"].size
                 pending.append(metrics)
-                if len(pending) > 1:
+                # A call of several steps is waited for: a signal shall not wait for two.
+                if len(pending) > (training.steps == 1):
                     read(bar)
                 if underway.interruption.requested():
                     break

@@ -49,32 +49,29 @@ class AheadOfTime:
 def compile_train_step(
     config: TrainConfig, steps: Steps, *, records: int, steps_per_dispatch: int
 ) -> AheadOfTime:
-    """Begins to compile `steps.train`, or `steps.train_resident` for several steps at a time.
+    """Begins to compile `steps.train_several` or, for `data.backend` device, `train_resident`.
 
     Args:
         config: The run.
         steps: Its steps.
-        records: Images of the data set; of no matter to `steps.train`.
+        records: Images of the data set; of no matter to `train_several`.
         steps_per_dispatch: Steps that a call does.
     """
     variables = functional.shapes(config.model)
     state = jax.eval_shape(functools.partial(initial_state, config), variables)
     pos_weight = _shape((), np.float32)
-    rows, size = config.schedule.batch_size, config.data.image_size
-    if steps_per_dispatch == 1:
-        batch = Batch(
-            image=_shape((rows, *size, config.model.in_channels), np.uint8),
-            mask=_shape((rows, *size, 1), np.uint8),
-            valid=_shape((rows,), np.bool_),
-            record=_shape((rows,), np.int32),
+    rows, size = (steps_per_dispatch, config.schedule.batch_size), config.data.image_size
+    if config.data.backend == "host":
+        batches = Batch(
+            image=_shape((*rows, *size, config.model.in_channels), np.uint8),
+            mask=_shape((*rows, *size, 1), np.uint8),
+            valid=_shape(rows, np.bool_),
+            record=_shape(rows, np.int32),
         )
-        step, arguments = steps.train, (state, pos_weight, batch)
+        step, arguments = steps.train_several, (state, pos_weight, batches)
     else:
         images = _shape((records, *size), np.uint8)
-        plan = Plan(
-            record=_shape((steps_per_dispatch, rows), np.int32),
-            matrix=_shape((steps_per_dispatch, rows, 2, 3), np.float32),
-        )
+        plan = Plan(record=_shape(rows, np.int32), matrix=_shape((*rows, 2, 3), np.float32))
         step = steps.train_resident
         arguments = state, pos_weight, Resident(images, images), plan
     return AheadOfTime(lambda: step.lower(*arguments).compile())

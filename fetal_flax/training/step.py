@@ -68,9 +68,12 @@ class Steps(NamedTuple):
     """(Variables, pos_weight, Batch, Maps of the batch or None) → Metrics."""
     encode: jax.stages.Wrapped
     """(Variables, Batch) → Maps of a network with an encoder."""
+    train_several: jax.stages.Wrapped
+    """(TrainState, pos_weight, Batch) → (TrainState, Metrics): steps one after the other in one
+    call; the batch and the metrics have a leading axis of steps."""
     train_resident: jax.stages.Wrapped
-    """(TrainState, pos_weight, Resident, Plan) → (TrainState, Metrics): the steps of a plan, one
-    after the other, in one dispatch; a metric has a leading axis of steps."""
+    """(TrainState, pos_weight, Resident, Plan) → (TrainState, Metrics): the same, with the batches
+    of a plan."""
     take: jax.stages.Wrapped
     """(Resident, Plan) → Batch of the plan's only step."""
 
@@ -115,8 +118,8 @@ def create_steps(config: TrainConfig, mesh: Mesh) -> Steps:
         `loss` and `dice` of the batch and whether it was `applied`, and `evaluate(variables,
         pos_weight, batch, maps)`, which returns the `loss` over the valid images, `dice` per image
         and which are `valid`, from the `maps` that `encode(variables, batch)` returns, if given;
-        and what takes batches from images that are on the devices. A step whose loss or gradients
-        are not finite is not applied (`schedule.non_finite`).
+        and what trains several steps in a call, or on images that are on the devices. A step whose
+        loss or gradients are not finite is not applied (`schedule.non_finite`).
     """
     skip = config.schedule.non_finite == "skip"
     labels = _labels(config)
@@ -177,6 +180,11 @@ def create_steps(config: TrainConfig, mesh: Mesh) -> Steps:
         batch = take_batch(resident, step, config.model.in_channels)
         return jax.lax.with_sharding_constraint(batch, split)
 
+    def train_several(
+        state: TrainState, pos_weight: float | Array, batches: Batch
+    ) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(lambda state, batch: train(state, pos_weight, batch), state, batches)
+
     def train_resident(
         state: TrainState, pos_weight: float | Array, resident: Resident, plan: Plan
     ) -> tuple[TrainState, Metrics]:
@@ -194,6 +202,7 @@ def create_steps(config: TrainConfig, mesh: Mesh) -> Steps:
         jit(train, in_shardings=(whole, whole, split), **trained),
         jit(evaluate, in_shardings=(whole, whole, split, split), out_shardings=whole),
         jit(encode, in_shardings=(whole, split), out_shardings=split),
+        jit(train_several, in_shardings=(whole, whole, planned), **trained),
         jit(train_resident, in_shardings=(whole, whole, whole, planned), **trained),
         jit(take, in_shardings=(whole, planned), out_shardings=split),
     )

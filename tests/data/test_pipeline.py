@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,13 @@ def dataset(config: DataConfig) -> builders.Dataset:
     return builders.open_dataset(config, seed=0)
 
 
-def _train(
+def _train(*arguments, **changes) -> list[pipeline.Batch]:
+    return list(_batches(*arguments, **changes))
+
+
+def _batches(
     dataset: builders.Dataset, config: DataConfig, augmentation=MOVING, **changes
-) -> list[pipeline.Batch]:
+) -> Generator[pipeline.Batch, None, None]:
     arguments: dict[str, Any] = {
         "channels": 1,
         "seed": 0,
@@ -46,7 +50,7 @@ def _train(
         "total_steps": 9,
         **changes,
     }
-    return list(pipeline.training_batches(dataset, range(5), config, augmentation, **arguments))
+    return pipeline.training_batches(dataset, range(5), config, augmentation, **arguments)
 
 
 def _assert_equal(a: Iterable[pipeline.Batch], b: Iterable[pipeline.Batch]) -> None:
@@ -90,6 +94,28 @@ def test_each_epoch_takes_each_image_once_at_most(dataset, config):
 @pytest.mark.parametrize("start", [1, 2, 5, 9])
 def test_resuming_is_exact(dataset, config, start: int):
     _assert_equal(_train(dataset, config, start_step=start), _train(dataset, config)[start:])
+
+
+@pytest.mark.parametrize(
+    ("start", "sizes"), [(0, [4, 4, 4]), (1, [3, 4, 4]), (4, [4, 4]), (7, [1, 4]), (12, [])]
+)
+def test_stacked_steps_end_at_multiples(dataset, config, start: int, sizes: list[int]):
+    batches = _batches(dataset, config, start_step=start, total_steps=12)
+    stacks = list(pipeline.stack_steps(batches, 4, start))
+    assert [len(stack.record) for stack in stacks] == sizes
+    single = [jax.tree.map(lambda a, i=i: a[i], s) for s in stacks for i in range(len(s.record))]
+    _assert_equal(single, _train(dataset, config, total_steps=12)[start:])
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_stacking_closes_the_batches(dataset, config):
+    batches = _batches(dataset, config)
+    stacks = pipeline.stack_steps(batches, 4, 0)
+    next(stacks)
+    stacks.close()
+    with pytest.raises(StopIteration):
+        next(batches)
 
 
 def test_workers_change_nothing(dataset, config):

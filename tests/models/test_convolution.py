@@ -10,9 +10,9 @@ from fetal_flax.models.convolution import (
     compiler_options,
     compose_up_3x3,
     convolution,
-    convolution_1x1,
     depthwise_by_shifts,
     live_taps,
+    nhwc_convolution,
     plain_convolution,
     up_convolution_3x3,
 )
@@ -49,18 +49,6 @@ def _assert_same(form: Callable, plain: Callable, x: jax.Array, kernel: jax.Arra
         assert np.linalg.norm(result - reference) <= 1e-12 * np.linalg.norm(reference)
 
 
-def _count_bands(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows per band that the code chooses from here on."""
-    rows, choose = [], forms._largest_divisor
-
-    def record(number: int, *, at_most: int) -> int:
-        rows.append(choose(number, at_most=at_most))
-        return rows[-1]
-
-    monkeypatch.setattr(forms, "_largest_divisor", record)
-    return rows
-
-
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(8, 8), (7, 10), (5, 9), (1, 2)])
 def test_depthwise_by_shifts_equals_the_grouped_convolution(size, stride):
@@ -73,37 +61,17 @@ def test_depthwise_by_shifts_equals_the_grouped_convolution(size, stride):
     )
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(1, 4), (4, 4), (6, 2)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("taps", [(1, 1), (3, 3), (3, 1), (5, 3)])
 @pytest.mark.parametrize("size", [(8, 8), (9, 4), (1, 7)])
-def test_convolution_1x1_and_its_own_gradients_equal_the_plain_form(size, inputs, outputs):
-    x, kernel = _random(2, *size, inputs), _random(1, 1, inputs, outputs, seed=1)
-    _assert_same(convolution_1x1, plain_convolution, x, kernel)
-
-
-@pytest.mark.parametrize(("height", "band", "rows"), [(12, 5, 4), (12, 6, 6), (7, 3, 1), (9, 2, 1)])
-def test_weight_gradient_is_the_same_in_several_bands(monkeypatch, height, band, rows):
-    width, inputs, outputs, itemsize = 6, 5, 3, 8
-    monkeypatch.setattr(forms, "BAND_BYTES", band * 2 * width * (inputs + outputs) * itemsize)
-    chosen = _count_bands(monkeypatch)
-    x, kernel = _random(2, height, width, inputs), _random(1, 1, inputs, outputs, seed=1)
-    _assert_same(convolution_1x1, plain_convolution, x, kernel)
-    assert chosen == [rows]
-
-
-def test_a_band_is_at_least_one_row(monkeypatch):
-    monkeypatch.setattr(forms, "BAND_BYTES", 1)
-    chosen = _count_bands(monkeypatch)
-    _assert_same(convolution_1x1, plain_convolution, _random(1, 4, 5, 2), _random(1, 1, 2, 3))
-    assert chosen == [1]
-
-
-def test_weight_gradient_of_bfloat16_is_summed_in_float32(monkeypatch):
-    monkeypatch.setattr(forms, "BAND_BYTES", 1)
-    # 256 + 1 is 256 in bfloat16, whose eight bits would lose every row but the first.
-    x = jnp.ones((1, 512, 1, 1), jnp.bfloat16).at[0, 0].set(256)
-    _, pullback = jax.vjp(convolution_1x1, x, jnp.ones((1, 1, 1, 1), jnp.bfloat16))
-    _, by_kernel = pullback(jnp.ones((1, 512, 1, 1), jnp.bfloat16))
-    assert float(by_kernel[0, 0, 0, 0]) == pytest.approx(256 + 511, rel=2**-8)
+def test_nhwc_convolution_and_its_own_gradients_equal_the_plain_form(size, taps, dilation, stride):
+    _assert_same(
+        lambda x, k: nhwc_convolution(stride, dilation, x, k),
+        lambda x, k: plain_convolution(x, k, stride=stride, dilation=dilation),
+        _random(2, *size, 3),
+        _random(*taps, 3, 4, seed=1),
+    )
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 6, 12, 18])
@@ -178,9 +146,9 @@ def test_convolution_equals_the_plain_form_whatever_it_picks(sides, size, stride
     ("form", "side", "size", "options"),
     [
         ("depthwise_by_shifts", 6, 3, {"depthwise": True, "stride": 2}),
-        ("convolution_1x1", 6, 1, {}),
+        ("nhwc_convolution", 6, 1, {}),
+        ("nhwc_convolution", 6, 3, {"stride": 2}),
         ("live_taps", 6, 3, {"dilation": 2}),
-        ("plain_convolution", 6, 3, {"stride": 2}),
     ],
 )
 def test_convolution_uses_the_fast_form_on_a_cpu(monkeypatch, form, side, size, options):

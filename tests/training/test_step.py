@@ -1,3 +1,5 @@
+import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +21,13 @@ from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 from fetal_flax.training import losses
 from fetal_flax.training.sharding import create_mesh, replicated
-from fetal_flax.training.step import Steps, TrainState, create_state, create_steps
+from fetal_flax.training.step import (
+    Steps,
+    TrainState,
+    create_state,
+    create_steps,
+    initial_state,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -298,3 +306,20 @@ def test_state_arrays_lie_whole_on_every_device():
     assert mesh.size == 8
     for leaf in jax.tree.leaves(state):
         assert leaf.sharding == replicated(mesh)
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen encoder", "trainable encoder"])
+def test_a_loop_runs_every_convolution_of_a_step_fast(trainable, make_batch):
+    """In a loop, XLA's CPU backend hands no other than NHWC × HWIO → NHWC to Eigen."""
+    config = TrainConfig(encoder=EncoderConfig(weights="none", trainable=trainable))
+    mesh = create_mesh(jax.devices()[:1])
+    state = jax.eval_shape(
+        functools.partial(initial_state, config), functional.shapes(config.model)
+    )
+    lowered = create_steps(config, mesh).train.lower(state, POS_WEIGHT, make_batch(2, 256, 256))
+    found = re.findall(r"stablehlo.convolution\(.*", lowered.as_text())
+    assert len(found) > 60
+    for line in found:
+        assert "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line
+        assert "feature_group_count = 1" in line and "batch_group_count = 1" in line
+        assert "reverse" not in line or "true" not in line
