@@ -40,6 +40,8 @@ class Choice(NamedTuple):
     owner: Any
     attribute: str
     plain: Callable
+    needed_by: tuple[str, ...] = ()
+    """Choices that can't be made without it."""
 
 
 def infer_whole(config, folded, images):
@@ -55,7 +57,15 @@ CHOICES = (
     Choice("convolutions by Eigen, not YNN", "it", step, "compiler_options", lambda **_: {}),
     Choice("one image after the other", "i", functional, "infer", infer_whole),
     Choice("up-convolution and 3×3 as one", "i", folding, "fold_up", lambda stage: None),
-    Choice("batch norms folded", "it", folding, "fold_norms", lambda module: None),
+    Choice("head in the last block", "i", folding, "fold_head", lambda network: None),
+    Choice(
+        "batch norms folded",
+        "it",
+        folding,
+        "fold_norms",
+        lambda module: None,
+        needed_by=("head in the last block",),
+    ),
     Choice("up-convolution as a product", "t", UpConv, "__call__", transposed),
     Choice(
         "batch norm's gradient rule",
@@ -65,11 +75,13 @@ CHOICES = (
         lambda x, scale, bias: layers._normalize(x, scale, bias)[0],
     ),
     Choice(
-        "1×1 weight gradient in bands",
+        "gradients as NHWC convolutions",
         "t",
         convolution,
-        "convolution_1x1",
-        lambda x, kernel: x @ kernel[0, 0],
+        "nhwc_convolution",
+        lambda stride, dilation, x, kernel: convolution.plain_convolution(
+            x, kernel, stride=stride, dilation=dilation
+        ),
     ),
     Choice(
         "depthwise as nine shifted sums",
@@ -113,7 +125,9 @@ def main() -> None:
 def report(title: str, choices: list[Choice], create: Callable, batch: Batch, repeats: int) -> None:
     """Times a case with all choices, without each and without any, and prints its table."""
     without: dict[str, list[Choice]] = {"": []}
-    without |= {choice.name: [choice] for choice in choices} | {"**all together**": choices}
+    for choice in choices:
+        without[choice.name] = [c for c in choices if c is choice or c.name in choice.needed_by]
+    without["**all together**"] = choices
     calls, results = {}, {}
     for name, replaced in without.items():
         with plainly(replaced):

@@ -71,7 +71,7 @@ class HeadedSqueezeExcite(SqueezeExcite):
 
     def __call__(self, x: FeatureMap) -> FeatureMap:
         batch, height, width, channels = x.shape
-        kernels = self.weights(x)[:, :, None] * self.kernel[...].astype(x.dtype)
+        kernels = self.weights(x)[:, :, None] * self.kernel[...].astype(x.dtype)[None]
         return (x.reshape(batch, -1, channels) @ kernels).reshape(batch, height, width, -1)
 
 
@@ -110,9 +110,8 @@ class FoldedConv(Conv):
 
     def __call__(self, *maps: FeatureMap) -> FeatureMap:
         skip, x = maps if self.skip_first else maps[::-1]
-        assert self.bias is not None, "batch norms are folded first"
-        y = plain_convolution(skip, self.kernel[...].astype(skip.dtype))
-        return self.up(x) + y + per_channel(self.bias[...].astype(y.dtype))
+        y = self.up(x) + plain_convolution(skip, self.kernel[...].astype(skip.dtype))
+        return y if self.bias is None else y + per_channel(self.bias[...].astype(y.dtype))
 
 
 class UpConv1x1(UpConv):

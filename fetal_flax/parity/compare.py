@@ -442,6 +442,7 @@ def _our_stages(pair: Pair, places: Sequence[Stage], batch: Batch) -> list[np.nd
         outputs = {
             "/".join(map(str, path[:-1])): variable.get_value()[0]
             for path, variable in nnx.to_flat_state(captured)
+            if path[-1] == "__call__"
         }
         maps = [outputs[place.ours] for place in places]
         return [a if p.item is None else a[p.item] for a, p in zip(maps, places, strict=True)]
