@@ -12,7 +12,7 @@ import functools
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import grain
@@ -140,22 +140,35 @@ def training_batches(
     return _batches(samples, len(samples.rows), config.prefetch, workers)
 
 
-def stack_steps(
-    batches: Generator[Batch, None, None], steps: int, start_step: int
-) -> Generator[Batch, None, None]:
-    """Yields what a call of several steps takes: batches behind a leading axis of steps.
+def split_into_calls(steps: int, start_step: int, total_steps: int) -> Iterator[range]:
+    """Yields the steps of each call, from `start_step` up to `total_steps`.
 
     Args:
-        batches: The batches of the steps from `start_step` on; closed at the end.
-        steps: Steps per call; in an epoch that has begun, fewer may come first, so that calls
-            begin at its multiples.
+        steps: Steps per call, a divisor of an epoch's; in an epoch that has begun, fewer may come
+            first, so that calls begin at its multiples.
         start_step: The first step.
+        total_steps: The step to stop before, an epoch's end.
+    """
+    first = start_step
+    while first < total_steps:
+        last = min(first - first % steps + steps, total_steps)
+        yield range(first, last)
+        first = last
+
+
+def stack_steps(
+    batches: Generator[Batch, None, None], calls: Iterable[range]
+) -> Generator[Batch, None, None]:
+    """Yields what calls of several steps take: batches behind a leading axis of steps.
+
+    Args:
+        batches: The steps' batches; closed at the end.
+        calls: The steps of each call.
     """
     with contextlib.closing(batches):
-        size = steps - start_step % steps
-        while several := list(itertools.islice(batches, size)):
+        for steps in calls:
+            several = itertools.islice(batches, len(steps))
             yield jax.tree.map(lambda *arrays: np.stack(arrays), *several)
-            size = steps
 
 
 def evaluation_batches(

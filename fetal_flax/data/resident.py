@@ -19,7 +19,13 @@ from jaxtyping import Array, Float32, Int32, Int64, UInt8
 from fetal_flax.data.augmentation import sampling_matrix
 from fetal_flax.data.builders import Dataset
 from fetal_flax.data.images import resize_image, resize_mask
-from fetal_flax.data.pipeline import Batch, HostOrDevice, TrainingOrder, shard_rows
+from fetal_flax.data.pipeline import (
+    Batch,
+    HostOrDevice,
+    TrainingOrder,
+    shard_rows,
+    split_into_calls,
+)
 from fetal_flax.data.workers import available_cpus
 
 
@@ -80,27 +86,22 @@ def training_plans(
     Args:
         order: Which image stands where.
         size: Height and width of the images.
-        steps: Steps per plan, a divisor of an epoch's; in an epoch that has begun, fewer may come
-            first.
+        steps: Steps per plan, as `split_into_calls` takes them, and the next two.
         start_step: The first step.
         total_steps: The step to stop before, an epoch's end.
         shard: This process's position among the processes, and their number; each gets the rows
             of the batches that are its own.
     """
     rows = shard_rows(order.batch_size, shard)
-    first = start_step
-    while first < total_steps:
-        last = min(first - first % steps + steps, total_steps)
+    for call in split_into_calls(steps, start_step, total_steps):
         records, transforms = zip(
-            *(order.sample(step, row) for step in range(first, last) for row in rows),
-            strict=True,
+            *(order.sample(step, row) for step in call for row in rows), strict=True
         )
         matrices = np.stack([sampling_matrix(transform, size) for transform in transforms])
         yield Plan(
             np.array(records, np.int32).reshape(-1, len(rows)),
             matrices.astype(np.float32).reshape(-1, len(rows), 2, 3),
         )
-        first = last
 
 
 def evaluation_plans(

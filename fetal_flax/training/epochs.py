@@ -22,6 +22,7 @@ from fetal_flax.data.pipeline import (
     TrainingOrder,
     WorkerDiedError,
     prefetch_to_device,
+    split_into_calls,
     stack_steps,
     training_batches,
 )
@@ -90,7 +91,7 @@ def open_training(run: Run, start_step: int, total_steps: int) -> Iterator[Train
     config, steps = run.config, run.steps_per_dispatch
     if run.resident is None:
         batches = _batches(run, config.data, start_step, total_steps, shard())
-        on_host = stack_steps(batches, steps, start_step)
+        on_host = stack_steps(batches, split_into_calls(steps, start_step, total_steps))
         any_number, constants = run.steps.train_several, (run.pos_weight_on_devices,)
     else:
         order = TrainingOrder(

@@ -101,7 +101,7 @@ def test_resuming_is_exact(dataset, config, start: int):
 )
 def test_stacked_steps_end_at_multiples(dataset, config, start: int, sizes: list[int]):
     batches = _batches(dataset, config, start_step=start, total_steps=12)
-    stacks = list(pipeline.stack_steps(batches, 4, start))
+    stacks = list(pipeline.stack_steps(batches, pipeline.split_into_calls(4, start, 12)))
     assert [len(stack.record) for stack in stacks] == sizes
     single = [jax.tree.map(lambda a, i=i: a[i], s) for s in stacks for i in range(len(s.record))]
     _assert_equal(single, _train(dataset, config, total_steps=12)[start:])
@@ -111,7 +111,7 @@ def test_stacked_steps_end_at_multiples(dataset, config, start: int, sizes: list
 
 def test_stacking_closes_the_batches(dataset, config):
     batches = _batches(dataset, config)
-    stacks = pipeline.stack_steps(batches, 4, 0)
+    stacks = pipeline.stack_steps(batches, pipeline.split_into_calls(4, 0, 9))
     next(stacks)
     stacks.close()
     with pytest.raises(StopIteration):

@@ -1,3 +1,4 @@
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -72,6 +73,15 @@ def test_nhwc_convolution_and_its_own_gradients_equal_the_plain_form(size, taps,
         _random(2, *size, 3),
         _random(*taps, 3, 4, seed=1),
     )
+
+
+def test_weight_gradient_of_bfloat16_is_summed_in_float32():
+    # 256 + 1 is 256 in bfloat16, whose eight bits would lose every row but the first.
+    x = jnp.ones((1, 512, 1, 1), jnp.bfloat16).at[0, 0].set(256)
+    kernel = jnp.ones((1, 1, 1, 1), jnp.bfloat16)
+    _, pullback = jax.vjp(functools.partial(nhwc_convolution, 1, 1), x, kernel)
+    _, by_kernel = pullback(jnp.ones((1, 512, 1, 1), jnp.bfloat16))
+    assert float(by_kernel[0, 0, 0, 0]) == pytest.approx(256 + 511, rel=2**-8)
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 6, 12, 18])
