@@ -106,7 +106,7 @@ def case(title: str, ways: list[Way], options: argparse.Namespace) -> bool:
         if not error <= TOLERANCES[way.precision]:
             wrong.append(f"{way.name} differs by {error:.1e}")
         calls[way.name] = call
-    seconds = alternate(calls, options.repeats, options.seconds)
+    seconds = alternate(calls, options.repeats, options.seconds, warm=True)
     for way in ways:
         if way.name in calls:
             own = [s / way.steps for s in seconds[way.name]]
