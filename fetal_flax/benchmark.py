@@ -201,19 +201,19 @@ def _machine(model: ModelConfig, repeats: int) -> Machine:
     side = _PRODUCT_SIDE_ON_CPU if on_cpu else _PRODUCT_SIDE
     matrix = jnp.ones((side, side), dtype)
     product = jax.jit(lambda a: a @ a)
-    # The result differs from the argument, so that the copy can't be left out.
-    line, copy = jnp.ones(_COPY_BYTES // 4, jnp.float32), jax.jit(lambda a: a + 1)
-    product_seconds, copy_seconds = (
-        statistics.median(_repeat(call, (array,), lambda _, array=array: (array,), repeats))
-        for call, array in ((product, matrix), (copy, line))
-    )
+    # The result differs from the argument, so that the copy can't be left out, and takes its place:
+    # in memory that is asked for anew, a CPU's system would be timed, clearing it.
+    line = jnp.ones(_COPY_BYTES // 4, jnp.float32)
+    copy = jax.jit(lambda a: a + 1, donate_argnums=0)
+    product_seconds = _repeat(product, (matrix,), lambda _: (matrix,), repeats)
+    copy_seconds = _repeat(copy, (line,), lambda result: (result,), repeats)
     return Machine(
         device=_device_name(),
         devices=jax.device_count(),
         jax=jax.__version__,
         python=platform.python_version(),
-        product_flops=2 * side**3 / product_seconds,
-        copy_bytes=2 * line.nbytes / copy_seconds,
+        product_flops=2 * side**3 / statistics.median(product_seconds),
+        copy_bytes=2 * line.nbytes / statistics.median(copy_seconds),
     )
 
 
