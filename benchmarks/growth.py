@@ -123,7 +123,8 @@ def data_set(count: int, backend: str, side: int) -> None:
         resident = load_resident(dataset, size, replicated(mesh))
         megabytes = sum(array.nbytes for array in resident) / 1e6
         order = TrainingOrder(tuple(range(count)), AugmentationConfig(), 0, BATCH)
-        plans = training_plans(order, size, steps=1, start_step=0, total_steps=steps)
+        single = (range(step, step + 1) for step in range(steps))
+        plans = training_plans(order, size, single)
         take = jax.jit(lambda resident, plan: take_batch(resident, jax.tree.map(first, plan), 1))
         sharding = plan_sharding(mesh)
         ready = (take(resident, jax.device_put(plan, sharding)) for plan in plans)

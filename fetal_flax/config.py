@@ -180,7 +180,7 @@ class DataConfig:
     """Who prepares batches: the host's processors, or the device, which then holds the whole data
     set (HC18 at 256×256: 131 MB); both take the same images, varied alike."""
     steps_per_dispatch: int | None = None
-    """Training steps in one call, at most: as many as divide an epoch's. None takes two on a CPU;
+    """Training steps in one call; an epoch's last call does what is left. None takes two on a CPU;
     on an accelerator a whole epoch with `backend` device, else one."""
     workers: int | None = None
     """Grain worker processes; 0 loads in threads of this process; None picks by CPU count."""

@@ -140,18 +140,22 @@ def training_batches(
     return _batches(samples, len(samples.rows), config.prefetch, workers)
 
 
-def split_into_calls(steps: int, start_step: int, total_steps: int) -> Iterator[range]:
+def split_into_calls(
+    steps: int, epoch_steps: int, start_step: int, total_steps: int
+) -> Iterator[range]:
     """Yields the steps of each call, from `start_step` up to `total_steps`.
 
     Args:
-        steps: Steps per call, a divisor of an epoch's; in an epoch that has begun, fewer may come
-            first, so that calls begin at its multiples.
+        steps: Steps per call. An epoch's last may do fewer, and the first one where an epoch has
+            begun: calls begin at an epoch's multiples of it.
+        epoch_steps: Steps per epoch.
         start_step: The first step.
         total_steps: The step to stop before, an epoch's end.
     """
     first = start_step
     while first < total_steps:
-        last = min(first - first % steps + steps, total_steps)
+        done = first % epoch_steps
+        last = first - done + min(done - done % steps + steps, epoch_steps)
         yield range(first, last)
         first = last
 

@@ -7,7 +7,7 @@ agrees with albumentations' to a grey level (tests/data/test_resident.py).
 """
 
 import concurrent.futures
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,7 +24,6 @@ from fetal_flax.data.pipeline import (
     HostOrDevice,
     TrainingOrder,
     shard_rows,
-    split_into_calls,
 )
 from fetal_flax.data.workers import available_cpus
 
@@ -75,25 +74,20 @@ def resident_foreground_pixels(resident: Resident) -> Int64[np.ndarray, " record
 def training_plans(
     order: TrainingOrder,
     size: tuple[int, int],
-    *,
-    steps: int,
-    start_step: int,
-    total_steps: int,
+    calls: Iterable[range],
     shard: tuple[int, int] = (0, 1),
 ) -> Generator[Plan, None, None]:
-    """Yields the plans of the steps from `start_step` up to `total_steps`, `steps` at a time.
+    """Yields the plans of calls of several steps.
 
     Args:
         order: Which image stands where.
         size: Height and width of the images.
-        steps: Steps per plan, as `split_into_calls` takes them, and the next two.
-        start_step: The first step.
-        total_steps: The step to stop before, an epoch's end.
+        calls: The steps of each call.
         shard: This process's position among the processes, and their number; each gets the rows
             of the batches that are its own.
     """
     rows = shard_rows(order.batch_size, shard)
-    for call in split_into_calls(steps, start_step, total_steps):
+    for call in calls:
         records, transforms = zip(
             *(order.sample(step, row) for step in call for row in rows), strict=True
         )

@@ -82,29 +82,23 @@ class Training(NamedTuple):
     work: DeviceBatches
     """The batches of several steps, or a plan of them, at a time."""
     steps: int
-    """Training steps that one call of `step` does; in an epoch that has begun, fewer at first."""
+    """Training steps that one call of `step` does; in an epoch's first and last, maybe fewer."""
 
 
 @contextlib.contextmanager
 def open_training(run: Run, start_step: int, total_steps: int) -> Iterator[Training]:
     """Opens the steps from `start_step` up to `total_steps`, an epoch's end."""
     config, steps = run.config, run.steps_per_dispatch
+    calls = split_into_calls(steps, run.steps_per_epoch, start_step, total_steps)
     if run.resident is None:
         batches = _batches(run, config.data, start_step, total_steps, shard())
-        on_host = stack_steps(batches, split_into_calls(steps, start_step, total_steps))
+        on_host = stack_steps(batches, calls)
         any_number, constants = run.steps.train_several, (run.pos_weight_on_devices,)
     else:
         order = TrainingOrder(
             run.split.train, config.augmentation, config.seed, config.schedule.batch_size
         )
-        on_host = training_plans(
-            order,
-            config.data.image_size,
-            steps=steps,
-            start_step=start_step,
-            total_steps=total_steps,
-            shard=shard(),
-        )
+        on_host = training_plans(order, config.data.image_size, calls, shard())
         any_number, constants = run.steps.train_resident, (run.pos_weight_on_devices, run.resident)
 
     def step(*arguments: Any) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -133,14 +133,13 @@ def describe(run: Run) -> str:
 
 
 def _steps_per_dispatch(config: TrainConfig, mesh: jax.sharding.Mesh, epoch_steps: int) -> int:
-    """Returns the largest divisor of an epoch's steps that the settings allow."""
+    """Returns how many training steps a call does, at most."""
     if mesh.devices.flat[0].platform == "cpu":
         # In a call's second step, the memory of the first is there: the system need not clear it.
         default = 2
     else:
         default = 1 if config.data.backend == "host" else epoch_steps
-    at_most = min(config.data.steps_per_dispatch or default, epoch_steps)
-    return next(n for n in range(at_most, 0, -1) if epoch_steps % n == 0)
+    return min(config.data.steps_per_dispatch or default, epoch_steps)
 
 
 def split_method(config: TrainConfig) -> dict[str, Any]:

@@ -97,11 +97,21 @@ def test_resuming_is_exact(dataset, config, start: int):
 
 
 @pytest.mark.parametrize(
-    ("start", "sizes"), [(0, [4, 4, 4]), (1, [3, 4, 4]), (4, [4, 4]), (7, [1, 4]), (12, [])]
+    ("steps", "start", "sizes"),
+    [
+        (4, 0, [4, 2, 4, 2]),
+        (4, 1, [3, 2, 4, 2]),
+        (4, 4, [2, 4, 2]),
+        (4, 7, [3, 2]),
+        (4, 12, []),
+        (3, 2, [1, 3, 3, 3]),
+        (6, 0, [6, 6]),
+    ],
 )
-def test_stacked_steps_end_at_multiples(dataset, config, start: int, sizes: list[int]):
+def test_stacked_steps_end_with_the_epoch(dataset, config, steps, start, sizes):
+    """Epochs of six steps."""
     batches = _batches(dataset, config, start_step=start, total_steps=12)
-    stacks = list(pipeline.stack_steps(batches, pipeline.split_into_calls(4, start, 12)))
+    stacks = list(pipeline.stack_steps(batches, pipeline.split_into_calls(steps, 6, start, 12)))
     assert [len(stack.record) for stack in stacks] == sizes
     single = [jax.tree.map(lambda a, i=i: a[i], s) for s in stacks for i in range(len(s.record))]
     _assert_equal(single, _train(dataset, config, total_steps=12)[start:])
@@ -111,7 +121,7 @@ def test_stacked_steps_end_at_multiples(dataset, config, start: int, sizes: list
 
 def test_stacking_closes_the_batches(dataset, config):
     batches = _batches(dataset, config)
-    stacks = pipeline.stack_steps(batches, pipeline.split_into_calls(4, 0, 9))
+    stacks = pipeline.stack_steps(batches, pipeline.split_into_calls(4, 8, 0, 8))
     next(stacks)
     stacks.close()
     with pytest.raises(StopIteration):

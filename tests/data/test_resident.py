@@ -67,7 +67,7 @@ def test_batches_are_those_of_the_host(dataset, resident, augmentation, channels
     flags = {"channels": channels, "seed": 3, "batch_size": 2, "total_steps": 10}
     hosts = list(pipeline.training_batches(dataset, range(5), config, augmentation, **flags))
     order = pipeline.TrainingOrder(tuple(range(5)), augmentation, seed=3, batch_size=2)
-    plans = training_plans(order, SIZE, steps=2, start_step=0, total_steps=10)
+    plans = training_plans(order, SIZE, pipeline.split_into_calls(2, 2, 0, 10))
     ours = batches(resident, plans, channels)
     assert len(ours) == len(hosts) == 10
     for own, host in zip(ours, hosts, strict=True):
@@ -84,14 +84,12 @@ def test_plans_of_any_length_and_start_take_the_same(dataset, resident):
     order = pipeline.TrainingOrder((0, 2, 3, 5), MOVING, seed=1, batch_size=2)
 
     def plan(steps: int, start: int, shard: tuple[int, int] = (0, 1)) -> Plan:
-        plans = training_plans(
-            order, SIZE, steps=steps, start_step=start, total_steps=8, shard=shard
-        )
+        plans = training_plans(order, SIZE, pipeline.split_into_calls(steps, 8, start, 8), shard)
         return Plan(*map(np.concatenate, zip(*plans, strict=True)))
 
     whole = plan(8, 0)
     for start in (0, 3, 4, 5):
-        for steps in (1, 2, 4):
+        for steps in (1, 2, 3, 4):
             rest = jax.tree.map(lambda array, start=start: array[start:], whole)
             jax.tree.map(np.testing.assert_array_equal, plan(steps, start), rest)
     shares = [plan(4, 0, (position, 2)) for position in range(2)]
