@@ -3,9 +3,10 @@
     python benchmarks/compare_torch.py [--quick] [--batch 1 16] [--size 256] [--repeats 15]
 
 Inference and the training step with the frozen encoder, of the described network. Every way is
-first checked to give the same logits or loss as PyTorch's. Times are medians with quartiles in
-milliseconds; a ratio is the median of the ratios to PyTorch's eager channels_last of the same
-round. On a GPU, PyTorch runs there too; float32 products are then whatever each side's default is.
+first checked to give the same logits or loss as PyTorch's, and in every round runs once before it
+is timed: PyTorch's threads spin on after a call. Times are medians with quartiles in milliseconds;
+a ratio is the median of the ratios to PyTorch's eager channels_last of the same round. On a GPU,
+PyTorch runs there too; float32 products are then whatever each side's default is.
 """
 
 import argparse

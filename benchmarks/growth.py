@@ -23,7 +23,7 @@ from fetal_flax.config import AugmentationConfig, DataConfig, EncoderConfig, Tra
 from fetal_flax.data.builders import Dataset
 from fetal_flax.data.images import encode_png
 from fetal_flax.data.phantom import make_phantom
-from fetal_flax.data.pipeline import TrainingOrder, training_batches
+from fetal_flax.data.pipeline import TrainingOrder, split_into_calls, training_batches
 from fetal_flax.data.resident import load_resident, take_batch, training_plans
 from fetal_flax.inference.predictor import Predictor
 from fetal_flax.models import functional
@@ -123,8 +123,7 @@ def data_set(count: int, backend: str, side: int) -> None:
         resident = load_resident(dataset, size, replicated(mesh))
         megabytes = sum(array.nbytes for array in resident) / 1e6
         order = TrainingOrder(tuple(range(count)), AugmentationConfig(), 0, BATCH)
-        single = (range(step, step + 1) for step in range(steps))
-        plans = training_plans(order, size, single)
+        plans = training_plans(order, size, split_into_calls(1, steps, 0, steps))
         take = jax.jit(lambda resident, plan: take_batch(resident, jax.tree.map(first, plan), 1))
         sharding = plan_sharding(mesh)
         ready = (take(resident, jax.device_put(plan, sharding)) for plan in plans)

@@ -155,7 +155,7 @@ def split_into_calls(
     first = start_step
     while first < total_steps:
         done = first % epoch_steps
-        last = first - done + min(done - done % steps + steps, epoch_steps)
+        last = first + min(steps - done % steps, epoch_steps - done)
         yield range(first, last)
         first = last
 

@@ -97,21 +97,24 @@ def test_resuming_is_exact(dataset, config, start: int):
 
 
 @pytest.mark.parametrize(
-    ("steps", "start", "sizes"),
+    ("epoch", "start", "sizes"),
     [
-        (4, 0, [4, 2, 4, 2]),
-        (4, 1, [3, 2, 4, 2]),
-        (4, 4, [2, 4, 2]),
-        (4, 7, [3, 2]),
+        (4, 0, [4, 4, 4]),
+        (4, 1, [3, 4, 4]),
+        (4, 4, [4, 4]),
+        (4, 7, [1, 4]),
         (4, 12, []),
-        (3, 2, [1, 3, 3, 3]),
-        (6, 0, [6, 6]),
+        (12, 1, [3, 4, 4]),
+        (6, 0, [4, 2, 4, 2]),
+        (6, 1, [3, 2, 4, 2]),
+        (6, 4, [2, 4, 2]),
+        (6, 7, [3, 2]),
+        (3, 0, [3, 3, 3, 3]),
     ],
 )
-def test_stacked_steps_end_with_the_epoch(dataset, config, steps, start, sizes):
-    """Epochs of six steps."""
+def test_stacked_steps_end_at_multiples_and_with_the_epoch(dataset, config, epoch, start, sizes):
     batches = _batches(dataset, config, start_step=start, total_steps=12)
-    stacks = list(pipeline.stack_steps(batches, pipeline.split_into_calls(steps, 6, start, 12)))
+    stacks = list(pipeline.stack_steps(batches, pipeline.split_into_calls(4, epoch, start, 12)))
     assert [len(stack.record) for stack in stacks] == sizes
     single = [jax.tree.map(lambda a, i=i: a[i], s) for s in stacks for i in range(len(s.record))]
     _assert_equal(single, _train(dataset, config, total_steps=12)[start:])
