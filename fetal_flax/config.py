@@ -186,6 +186,9 @@ class DataConfig:
     """Grain worker processes; 0 loads in threads of this process; None picks by CPU count."""
     prefetch: int = 4
     """Batches prepared ahead of the training step."""
+    soft_masks: bool = False
+    """Train on the share of each pixel that the head covers, instead of 0 or 1: at the network's
+    size, a mask of whole pixels can't say where in a pixel the edge runs."""
     keep_validation_mb: int = 1024
     """Megabytes on each device, at most, for validation images and a frozen encoder's maps of them
     (200 images of 256×256: 444 MB in all), which are the same in every epoch; 0 keeps none."""
@@ -252,15 +255,47 @@ class AugmentationConfig:
     """Largest shift either way, as a share of the image's side."""
     affine_probability: float = 0.5
     """Share of images rotated; the same share, drawn independently, scaled, and shifted."""
+    gain: float = 0.0
+    """Largest relative change of brightness either way."""
+    gamma: float = 0.0
+    """Largest change of contrast: grey levels in [0, 1] are raised to a power between
+    1 / (1 + gamma) and 1 + gamma."""
+    blur_px: float = 0.0
+    """Largest standard deviation of a Gaussian blur, in pixels of the network's size."""
+    speckle: float = 0.0
+    """Largest standard deviation of noise that grey levels are multiplied by."""
+    shadow: float = 0.0
+    """Largest share of brightness that an acoustic shadow takes: a band from the top of the image
+    to its bottom."""
+    photometric_probability: float = 0.5
+    """Share of images changed by gain; the same share, drawn independently, by each of gamma, blur,
+    speckle and shadow."""
 
     def __post_init__(self) -> None:
         _check(self, "augmentation.")
-        for field in ("flip_probability", "affine_probability"):
+        for field in ("flip_probability", "affine_probability", "photometric_probability"):
             value = getattr(self, field)
             _require(0 <= value <= 1, f"augmentation.{field}", "in [0, 1]", value)
-        for field, limit in (("rotation_degrees", 180), ("scale", 0.9), ("translation", 1)):
+        limits = {
+            "rotation_degrees": 180,
+            "scale": 0.9,
+            "translation": 1,
+            "gain": 1,
+            "gamma": 4,
+            "blur_px": 3,
+            "speckle": 1,
+            "shadow": 1,
+        }
+        for field, limit in limits.items():
             value = getattr(self, field)
             _require(0 <= value <= limit, f"augmentation.{field}", f"in [0, {limit}]", value)
+
+    @property
+    def photometric(self) -> bool:
+        """Whether grey levels are varied, besides the geometry."""
+        return self.enabled and any(
+            getattr(self, field) for field in ("gain", "gamma", "blur_px", "speckle", "shadow")
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,22 +360,36 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """How long to train, and what the validation Dice decides (sections 8.2 and 8.3)."""
+    """How long to train, at which rates, and what validation decides (sections 8.2 and 8.3)."""
 
     epochs: int = 100
     """Passes over the training split."""
     batch_size: int = 16
     """Images per step over all devices together."""
+    decay: Literal["plateau", "cosine"] = "plateau"
+    """How the learning rates fall: when validation no longer improves (`factor`, `patience`,
+    `threshold`, `min_learning_rate`), or by a cosine that reaches 0 with the last epoch's last step
+    (Loshchilov & Hutter, arXiv:1608.03983)."""
+    warmup_epochs: float = 0.0
+    """Epochs in which the learning rates rise linearly from 0, at the beginning."""
+    average_decay: float = 0.0
+    """Decay per step of an exponential moving average of the weights and batch statistics, such as
+    0.99; the average is what is validated and kept as the network. 0 averages nothing."""
+    select_by: Literal["dice", "ellipse_dice"] = "dice"
+    """What is to rise in validation: the Dice of the raw masks, or of the ellipses fitted to their
+    largest regions, as the field measures. It chooses the best checkpoint, lowers the rates at a
+    plateau and stops the run."""
     factor: float = 0.5
     """What a plateau multiplies the learning rates by."""
     patience: int = 10
     """Epochs without improvement that are tolerated; the next one reduces the rates."""
     threshold: float = 1e-4
-    """Relative gain in validation Dice that counts as improvement."""
+    """Relative gain of what `select_by` says that counts as improvement."""
     min_learning_rate: float = 1e-6
     """No reduction goes below this."""
-    early_stopping_patience: int = 15
-    """Epochs without a new best validation Dice after which training stops."""
+    early_stopping_patience: int | None = 15
+    """Epochs without a new best of what `select_by` says after which training stops; None trains
+    to the last epoch, as a cosine wants."""
     non_finite: Literal["stop", "skip"] = "stop"
     """What a step does whose loss or gradients are not finite: stop the run, with the state before
     it and its batch saved, or change nothing and be counted."""
@@ -349,6 +398,15 @@ class ScheduleConfig:
         _check(self, "schedule.")
         _require(self.epochs >= 1, "schedule.epochs", "at least 1", self.epochs)
         _require(self.batch_size >= 1, "schedule.batch_size", "at least 1", self.batch_size)
+        _require(
+            0 <= self.warmup_epochs <= self.epochs,
+            "schedule.warmup_epochs",
+            "0 to schedule.epochs",
+            self.warmup_epochs,
+        )
+        _require(
+            0 <= self.average_decay < 1, "schedule.average_decay", "in [0, 1)", self.average_decay
+        )
         _require(0 < self.factor < 1, "schedule.factor", "between 0 and 1", self.factor)
         _require(self.patience >= 0, "schedule.patience", "0 or more", self.patience)
         _require(self.threshold >= 0, "schedule.threshold", "0 or more", self.threshold)
@@ -359,9 +417,9 @@ class ScheduleConfig:
             self.min_learning_rate,
         )
         _require(
-            self.early_stopping_patience >= 1,
+            self.early_stopping_patience is None or self.early_stopping_patience >= 1,
             "schedule.early_stopping_patience",
-            "at least 1",
+            "at least 1 or None",
             self.early_stopping_patience,
         )
 
@@ -376,6 +434,9 @@ class TrainConfig:
     """Seeds initialisation, split, data order, augmentation and dropout."""
     deterministic: bool = False
     """Bit-identical results on a GPU from one time to the next, at some cost; on a CPU they are."""
+    init: str = "none"
+    """Trained network to begin with, at any image size: a training workdir (its best checkpoint) or
+    a converted directory; `none` begins with `encoder.weights` and random weights."""
     model: ModelConfig = ModelConfig()
     encoder: EncoderConfig = EncoderConfig()
     data: DataConfig = DataConfig()
@@ -388,6 +449,8 @@ class TrainConfig:
         _check(self)
         _require(bool(self.name), "name", "a non-empty name", self.name)
         _require(0 <= self.seed < 2**32, "seed", "0 or more and below 2^32", self.seed)
+        _require(bool(self.init), "init", "a path or 'none'", self.init)
+        _require_home("init", self.init)
         divisor = 16 if self.model.name == "unet" else 32
         _require(
             all(side % divisor == 0 for side in self.data.image_size),

@@ -24,15 +24,24 @@ CHANGED = TrainConfig(
     name="other",
     seed=7,
     deterministic=True,
+    init="runs/before",
     model=ModelConfig(
         name="unet", variant="published", in_channels=3, aspp_width=64, base_width=8, dropout=0.0
     ),
     encoder=EncoderConfig(weights="none", trainable=True, frozen_batch_norm="batch"),
     data=DataConfig(data_dir="/data", image_size=(48, 80), folds=5, fold=4, workers=0),
-    augmentation=AugmentationConfig(enabled=False),
+    augmentation=AugmentationConfig(enabled=False, speckle=0.2),
     loss=LossConfig(pos_weight=2.5, dice_over="batch"),
     optimizer=OptimizerConfig(l2=0.0),
-    schedule=ScheduleConfig(epochs=1, min_learning_rate=0.0, non_finite="skip"),
+    schedule=ScheduleConfig(
+        epochs=1,
+        decay="cosine",
+        warmup_epochs=0.5,
+        average_decay=0.99,
+        early_stopping_patience=None,
+        min_learning_rate=0.0,
+        non_finite="skip",
+    ),
 )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 
 from fetal_flax.config import AugmentationConfig
+from fetal_flax.data.photometric import UNCHANGED, Photometric, draw_photometric
 
 # When imported, albumentations asks PyPI for news and loads PyTorch where that is installed.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -47,6 +48,8 @@ class Transform:
     scale: float = 1.0
     shift: tuple[float, float] = (0.0, 0.0)
     """Down and right, as a share of height and width."""
+    photometric: Photometric = UNCHANGED
+    """What the step on the devices does to the grey levels."""
 
 
 def draw_transform(config: AugmentationConfig, rng: np.random.Generator) -> Transform:
@@ -63,6 +66,8 @@ def draw_transform(config: AugmentationConfig, rng: np.random.Generator) -> Tran
     if shifts < config.affine_probability:
         shift = (float(down * config.translation), float(right * config.translation))
         transform = dataclasses.replace(transform, shift=shift)
+    if config.photometric:
+        transform = dataclasses.replace(transform, photometric=draw_photometric(config, rng))
     return transform
 
 
@@ -70,16 +75,25 @@ def apply_transform(
     transform: Transform,
     image: UInt8[np.ndarray, "height width"],
     mask: UInt8[np.ndarray, "height width"],
+    *,
+    soft: bool = False,
 ) -> tuple[UInt8[np.ndarray, "height width"], UInt8[np.ndarray, "height width"]]:
-    """Applies a transform to an image (bilinear) and its mask (nearest); 0 fills the outside.
+    """Applies a transform's geometry to an image (bilinear) and its mask; 0 fills the outside.
 
     Rotation, scaling and shift are one warp, so that the image is interpolated once.
+
+    Args:
+        transform: What is done; its photometric part is left to the step.
+        image: The image.
+        mask: The mask, nearest neighbours of which are taken unless it is `soft`.
+        soft: The mask holds shares of pixels and is interpolated as the image is.
     """
     if transform.flip:
         image, mask = _FLIP.apply(image), _FLIP.apply_to_mask(mask)
     matrix = _affine(transform, image.shape)
     image = _WARP.apply(image, matrix=matrix, output_shape=image.shape)
-    mask = _WARP.apply_to_mask(mask, matrix=matrix, output_shape=mask.shape)
+    warp_mask = _WARP.apply if soft else _WARP.apply_to_mask
+    mask = warp_mask(mask, matrix=matrix, output_shape=mask.shape)
     return np.ascontiguousarray(image), np.ascontiguousarray(mask)
 
 

@@ -18,7 +18,7 @@ Counts = Int64[np.ndarray, " records"]
 
 
 def foreground_pixels(dataset: Dataset, size: tuple[int, int]) -> Counts:
-    """Returns the pixels of each record's head at the network's size.
+    """Returns the pixels of each record's head at the network's size, each whole or not at all.
 
     They are kept beside the prepared records, for every split of them.
 

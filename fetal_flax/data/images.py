@@ -110,6 +110,25 @@ def resize_mask(
     return cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
 
 
+def network_mask(
+    mask: UInt8[np.ndarray, "height width"], size: tuple[int, int], *, soft: bool
+) -> UInt8[np.ndarray, "new_height new_width"]:
+    """Returns a mask at the network's size, as it is trained on.
+
+    Args:
+        mask: 255 in the head, 0 outside.
+        size: Height and width.
+        soft: The setting `data.soft_masks`.
+
+    Returns:
+        1 in the head and 0 outside, by nearest neighbour; if `soft`, the share of each pixel that
+        the head covers, 0 to 255.
+    """
+    if soft:
+        return cv2.resize(mask, size[::-1], interpolation=cv2.INTER_AREA)
+    return (resize_mask(mask, size) > 0).astype(np.uint8)
+
+
 def _check_header(data: bytes) -> None:
     """Refuses files that would decode to something huge, and those that hold several images."""
     if not data:

@@ -24,7 +24,8 @@ from jaxtyping import Array, Bool, Int32, UInt8
 from fetal_flax.config import AugmentationConfig, DataConfig
 from fetal_flax.data.augmentation import Transform, apply_transform, draw_transform
 from fetal_flax.data.builders import Dataset
-from fetal_flax.data.images import resize_image, resize_mask
+from fetal_flax.data.images import network_mask, resize_image
+from fetal_flax.data.photometric import Photometric
 from fetal_flax.data.workers import available_cpus, can_start_workers, start_worker
 from fetal_flax.errors import InputError
 
@@ -45,11 +46,13 @@ class Batch(NamedTuple):
     image: UInt8[HostOrDevice, "batch height width channels"]
     """0 to 255; the step on the device scales to [0, 1]."""
     mask: UInt8[HostOrDevice, "batch height width 1"]
-    """1 in the head, 0 outside."""
+    """1 in the head, 0 outside; with `data.soft_masks` the share of the pixel in it, 0 to 255."""
     valid: Bool[HostOrDevice, "batch"]
     """False where the last batch is padded."""
     record: Int32[HostOrDevice, "batch"]
     """Index in the dataset; -1 where padded."""
+    photometric: Photometric | None = None
+    """How the step varies grey levels, where it does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +118,7 @@ def training_batches(
     Args:
         dataset: Where the images are.
         indices: Records to train on.
-        config: Its `image_size`, `workers` and `prefetch` are read.
+        config: Its `image_size`, `soft_masks`, `workers` and `prefetch` are read.
         augmentation: How the images are varied.
         channels: Channels of the images; grey is repeated.
         seed: Seeds order and augmentation.
@@ -129,10 +132,8 @@ def training_batches(
         InputError: There are fewer images than a batch takes, or shards can't share it evenly.
     """
     samples = _TrainingSamples(
-        dataset,
         TrainingOrder(tuple(indices), augmentation, seed, batch_size),
-        config.image_size,
-        channels,
+        _Sampler(dataset, config.image_size, channels, config.soft_masks),
         steps=range(start_step, total_steps),
         rows=shard_rows(batch_size, shard),
     )
@@ -190,9 +191,8 @@ def evaluation_batches(
     of `training_batches`.
     """
     rows = shard_rows(batch_size, shard)
-    samples = _EvaluationSamples(
-        dataset, tuple(indices), config.image_size, channels, batch_size, rows
-    )
+    sampler = _Sampler(dataset, config.image_size, channels, config.soft_masks)
+    samples = _EvaluationSamples(sampler, tuple(indices), batch_size, rows)
     return _batches(samples, len(rows), config.prefetch, workers=0)
 
 
@@ -276,13 +276,47 @@ def prefetch_to_device(
 
 
 @dataclasses.dataclass(frozen=True)
+class _Sampler:
+    """Loads single records as batches without their leading axis."""
+
+    dataset: Dataset
+    image_size: tuple[int, int]
+    channels: int
+    soft_masks: bool
+
+    def sample(self, index: int, transform: Transform, *, photometric: bool = False) -> Batch:
+        """Loads one record and varies it; its grey levels are left to the step."""
+        record = self.dataset.record(index)
+        image, mask = apply_transform(
+            transform,
+            resize_image(record.image, self.image_size),
+            network_mask(record.mask, self.image_size, soft=self.soft_masks),
+            soft=self.soft_masks,
+        )
+        return Batch(
+            image=np.repeat(image[..., None], self.channels, axis=-1),
+            mask=mask[..., None],
+            valid=np.array(True),
+            record=np.array(index, np.int32),
+            photometric=transform.photometric if photometric else None,
+        )
+
+    def padding(self) -> Batch:
+        """Returns what fills the last batch of an evaluation."""
+        return Batch(
+            image=np.zeros((*self.image_size, self.channels), np.uint8),
+            mask=np.zeros((*self.image_size, 1), np.uint8),
+            valid=np.array(False),
+            record=np.array(-1, np.int32),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class _TrainingSamples:
     """The training images by position: row by row of step by step (a Grain source)."""
 
-    dataset: Dataset
     order: TrainingOrder
-    image_size: tuple[int, int]
-    channels: int
+    sampler: _Sampler
     steps: range
     rows: range
 
@@ -292,17 +326,16 @@ class _TrainingSamples:
     def __getitem__(self, position: int) -> Batch:
         step, row = divmod(position, len(self.rows))
         record, transform = self.order.sample(self.steps[step], self.rows[row])
-        return _sample(self.dataset, record, self.image_size, self.channels, transform)
+        photometric = self.order.augmentation.photometric
+        return self.sampler.sample(record, transform, photometric=photometric)
 
 
 @dataclasses.dataclass(frozen=True)
 class _EvaluationSamples:
     """The images of an evaluation by position, and zeros behind the last (a Grain source)."""
 
-    dataset: Dataset
+    sampler: _Sampler
     indices: tuple[int, ...]
-    image_size: tuple[int, int]
-    channels: int
     batch_size: int
     rows: range
 
@@ -312,15 +345,9 @@ class _EvaluationSamples:
     def __getitem__(self, position: int) -> Batch:
         step, row = divmod(position, len(self.rows))
         index = step * self.batch_size + self.rows[row]
-        if index < len(self.indices):
-            record = self.indices[index]
-            return _sample(self.dataset, record, self.image_size, self.channels, Transform())
-        return Batch(
-            image=np.zeros((*self.image_size, self.channels), np.uint8),
-            mask=np.zeros((*self.image_size, 1), np.uint8),
-            valid=np.array(False),
-            record=np.array(-1, np.int32),
-        )
+        if index >= len(self.indices):
+            return self.sampler.padding()
+        return self.sampler.sample(self.indices[index], Transform())
 
 
 @functools.lru_cache(maxsize=4)
@@ -328,21 +355,6 @@ def _epoch_order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
     """Returns the order of an epoch's images."""
     order = np.random.default_rng([seed, epoch, _FOR_ORDER]).permutation(count)
     return tuple(order.tolist())
-
-
-def _sample(
-    dataset: Dataset, index: int, size: tuple[int, int], channels: int, transform: Transform
-) -> Batch:
-    """Loads one record as a batch without its leading axis."""
-    record = dataset.record(index)
-    image, mask = resize_image(record.image, size), resize_mask(record.mask, size)
-    image, mask = apply_transform(transform, image, mask)
-    return Batch(
-        image=np.repeat(image[..., None], channels, axis=-1),
-        mask=(mask > 0).astype(np.uint8)[..., None],
-        valid=np.array(True),
-        record=np.array(index, np.int32),
-    )
 
 
 def _batches(

@@ -7,6 +7,7 @@ agrees with albumentations' to a grey level (tests/data/test_resident.py).
 """
 
 import concurrent.futures
+import functools
 from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from jaxtyping import Array, Float32, Int32, Int64, UInt8
 
 from fetal_flax.data.augmentation import sampling_matrix
 from fetal_flax.data.builders import Dataset
-from fetal_flax.data.images import resize_image, resize_mask
+from fetal_flax.data.images import network_mask, resize_image
+from fetal_flax.data.photometric import Photometric
 from fetal_flax.data.pipeline import (
     Batch,
     HostOrDevice,
@@ -33,7 +35,7 @@ class Resident(NamedTuple):
 
     image: UInt8[Array, "records height width"]
     mask: UInt8[Array, "records height width"]
-    """1 in the head, 0 outside."""
+    """As in `Batch`."""
 
 
 class Plan(NamedTuple):
@@ -43,10 +45,16 @@ class Plan(NamedTuple):
     """Index in the data set; -1 where padded."""
     matrix: Float32[HostOrDevice, "steps batch 2 3"]
     """From a pixel of the batch to where in the image it is taken from: `sampling_matrix`."""
+    photometric: Photometric | None = None
+    """How the step varies grey levels, where it does; its arrays are "steps batch"."""
 
 
 def load_resident(
-    dataset: Dataset, size: tuple[int, int], sharding: jax.sharding.Sharding
+    dataset: Dataset,
+    size: tuple[int, int],
+    sharding: jax.sharding.Sharding,
+    *,
+    soft_masks: bool = False,
 ) -> Resident:
     """Reads a data set, resizes it as the host's pipeline does, and puts it on the devices.
 
@@ -54,15 +62,17 @@ def load_resident(
         dataset: The data set.
         size: Height and width that the network sees.
         sharding: Replicated over the devices.
+        soft_masks: The setting `data.soft_masks`.
     """
 
     def load(index: int) -> tuple[np.ndarray, np.ndarray]:
         record = dataset.record(index)
-        return resize_image(record.image, size), resize_mask(record.mask, size) > 0
+        mask = network_mask(record.mask, size, soft=soft_masks)
+        return resize_image(record.image, size), mask
 
     with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
         images, masks = zip(*pool.map(load, range(len(dataset))), strict=True)
-    arrays = np.stack(images), np.stack(masks).astype(np.uint8)
+    arrays = np.stack(images), np.stack(masks)
     return Resident(*(jax.make_array_from_process_local_data(sharding, a) for a in arrays))
 
 
@@ -92,9 +102,16 @@ def training_plans(
             *(order.sample(step, row) for step in call for row in rows), strict=True
         )
         matrices = np.stack([sampling_matrix(transform, size) for transform in transforms])
+        photometric = None
+        if order.augmentation.photometric:
+            parts = (transform.photometric for transform in transforms)
+            photometric = Photometric(
+                *(np.stack(values).reshape(-1, len(rows)) for values in zip(*parts, strict=True))
+            )
         yield Plan(
             np.array(records, np.int32).reshape(-1, len(rows)),
             matrices.astype(np.float32).reshape(-1, len(rows), 2, 3),
+            photometric,
         )
 
 
@@ -114,16 +131,17 @@ def evaluation_plans(
         yield Plan(record, np.broadcast_to(np.eye(2, 3, dtype=np.float32), (*record.shape, 2, 3)))
 
 
-def take_batch(resident: Resident, step: Plan, channels: int) -> Batch:
+def take_batch(resident: Resident, step: Plan, channels: int, *, soft_masks: bool = False) -> Batch:
     """Returns the batch of one step; a pure function for use under jit.
 
     Args:
         resident: The images.
         step: One step's row of a plan, without the leading axis.
         channels: Channels of the images; grey is repeated.
+        soft_masks: The setting `data.soft_masks`.
     """
     record = jnp.asarray(step.record)
-    image, mask = jax.vmap(_warp)(
+    image, mask = jax.vmap(functools.partial(_warp, soft=soft_masks))(
         resident.image[record], resident.mask[record], jnp.asarray(step.matrix)
     )
     return Batch(
@@ -131,6 +149,7 @@ def take_batch(resident: Resident, step: Plan, channels: int) -> Batch:
         mask=mask[..., None],
         valid=record >= 0,
         record=record,
+        photometric=step.photometric,
     )
 
 
@@ -138,12 +157,15 @@ def _warp(
     image: UInt8[Array, "height width"],
     mask: UInt8[Array, "height width"],
     matrix: Float32[Array, "2 3"],
+    *,
+    soft: bool,
 ) -> tuple[UInt8[Array, "height width"], UInt8[Array, "height width"]]:
-    """Samples an image bilinearly and its mask at the nearest pixel; 0 lies outside."""
+    """Samples an image bilinearly and its mask at the nearest pixel, or alike; 0 lies outside."""
     y, x = jnp.mgrid[: image.shape[0], : image.shape[1]].astype(jnp.float32)
     from_x, from_y = (row[0] * x + row[1] * y + row[2] for row in matrix)
-    bilinear, nearest = (
-        map_coordinates(pixels.astype(jnp.float32), (from_y, from_x), order=order)
-        for pixels, order in ((image, 1), (mask, 0))
-    )
-    return jnp.round(bilinear).astype(jnp.uint8), nearest.astype(jnp.uint8)
+
+    def sample(pixels: UInt8[Array, "height width"], order: int) -> UInt8[Array, "height width"]:
+        values = map_coordinates(pixels.astype(jnp.float32), (from_y, from_x), order=order)
+        return (jnp.round(values) if order else values).astype(jnp.uint8)
+
+    return sample(image, 1), sample(mask, int(soft))

@@ -169,7 +169,7 @@ def test_shards_share_each_batch(dataset, config, shards: int):
     whole = _train(dataset, config, batch_size=4)
     parts = [_train(dataset, config, batch_size=4, shard=(i, shards)) for i in range(shards)]
     joined = [
-        pipeline.Batch(*(np.concatenate(fields) for fields in zip(*batches, strict=True)))
+        jax.tree.map(lambda *rows: np.concatenate(rows), *batches)
         for batches in zip(*parts, strict=True)
     ]
     _assert_equal(joined, whole)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,12 +36,17 @@ def resident(dataset) -> Resident:
     return load_resident(dataset, SIZE, replicated(create_mesh()))
 
 
-take = jax.jit(take_batch, static_argnames="channels")
+take = jax.jit(take_batch, static_argnames=("channels", "soft_masks"))
 
 
-def batches(resident: Resident, plans, channels: int = 1) -> list[pipeline.Batch]:
+def batches(
+    resident: Resident, plans, channels: int = 1, *, soft_masks: bool = False
+) -> list[pipeline.Batch]:
+    def row(plan: Plan, step: int) -> Plan:
+        return jax.tree.map(lambda array: array[step], plan)
+
     return [
-        jax.device_get(take(resident, jax.tree.map(lambda a, step=step: a[step], plan), channels))
+        jax.device_get(take(resident, row(plan, step), channels, soft_masks=soft_masks))
         for plan in plans
         for step in range(len(plan.record))
     ]
@@ -80,12 +87,26 @@ def test_batches_are_those_of_the_host(dataset, resident, augmentation, channels
         assert (own.mask != host.mask).mean() < 1e-3
 
 
+def test_soft_masks_and_grey_levels_vary_as_the_hosts_do(dataset):
+    varied = dataclasses.replace(MOVING, gain=0.3, gamma=0.5, speckle=0.2)
+    config = DataConfig(image_size=SIZE, workers=0, soft_masks=True)
+    flags = {"channels": 1, "seed": 3, "batch_size": 2, "total_steps": 4}
+    hosts = list(pipeline.training_batches(dataset, range(5), config, varied, **flags))
+    order = pipeline.TrainingOrder(tuple(range(5)), varied, seed=3, batch_size=2)
+    plans = training_plans(order, SIZE, pipeline.split_into_calls(2, 2, 0, 4))
+    soft = load_resident(dataset, SIZE, replicated(create_mesh()), soft_masks=True)
+    for own, host in zip(batches(soft, plans, soft_masks=True), hosts, strict=True):
+        assert 0 < ((host.mask > 0) & (host.mask < 255)).mean() < 0.1
+        assert np.abs(own.mask.astype(int) - host.mask).max() <= 1
+        jax.tree.map(np.testing.assert_array_equal, own.photometric, host.photometric)
+
+
 def test_plans_of_any_length_and_start_take_the_same(dataset, resident):
     order = pipeline.TrainingOrder((0, 2, 3, 5), MOVING, seed=1, batch_size=2)
 
     def plan(steps: int, start: int, shard: tuple[int, int] = (0, 1)) -> Plan:
         plans = training_plans(order, SIZE, pipeline.split_into_calls(steps, 8, start, 8), shard)
-        return Plan(*map(np.concatenate, zip(*plans, strict=True)))
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *plans)
 
     whole = plan(8, 0)
     for start in (0, 3, 4, 5):
