@@ -34,9 +34,9 @@ from fetal_flax.training.distributed import is_first, shard
 from fetal_flax.training.interruption import Interruption
 from fetal_flax.training.preparation import Run
 from fetal_flax.training.progress import Bar, Logs, Progress, traced
-from fetal_flax.training.schedule import EarlyStopping, Plateau
+from fetal_flax.training.schedule import EarlyStopping, Plateau, rate_factor
 from fetal_flax.training.sharding import plan_sharding, replicate
-from fetal_flax.training.step import TrainState
+from fetal_flax.training.step import TrainState, network_of
 from fetal_flax.training.validation import Validation
 
 
@@ -151,14 +151,14 @@ class Underway:
         """The run's, which keeps what it needs again."""
         return Validation(self.run)
 
-    def save(self, validation_dice: float | None = None) -> None:
-        """Saves the state in the background, after an epoch or in between."""
+    def save(self, score: float | None = None) -> None:
+        """Saves the state in the background, after an epoch with its score, or in between."""
         self.saved.save(
             self.done.epochs,
-            variables_of(self.state),
+            network_of(self.state),
             training_of(self.state),
             self.run.description(self.done.to_json()),
-            validation_dice,
+            score,
             begun=len(self.done.begun),
         )
 
@@ -229,13 +229,13 @@ def _train_remaining(underway: Underway, training: Training) -> None:
     while not underway.done.ended(schedule):
         start = time.perf_counter()
         numbers = _train_epoch(underway, training)
-        numbers |= underway.validation.measure(variables_of(underway.state), underway.interruption)
+        numbers |= underway.validation.measure(network_of(underway.state), underway.interruption)
         numbers |= {
-            "learning_rate": float(underway.state.learning_rates["main"]),
+            "learning_rate": _last_learning_rate(run, underway.state),
             "seconds": time.perf_counter() - start,
         }
         underway.state, underway.done = _decide(run, underway.state, underway.done, numbers)
-        underway.save(numbers["validation_dice"])
+        underway.save(_score(run, numbers))
         if underway.logs:
             underway.logs.epoch(underway.done.history)
         is_best = underway.done.stopping.best_epoch == underway.done.epochs
@@ -326,29 +326,58 @@ def _stop_at_non_finite(underway: Underway) -> str:
 def _decide(
     run: Run, state: TrainState, done: Progressed, numbers: dict[str, float]
 ) -> tuple[TrainState, Progressed]:
-    """Lets the validation Dice lower the learning rates and count towards stopping."""
-    dice = numbers["validation_dice"]
+    """Lets the validation lower the learning rates and count towards stopping."""
+    score = _score(run, numbers)
     rates = {group: float(rate) for group, rate in state.learning_rates.items()}
-    plateau, rates = done.plateau.update(dice, rates, run.config.schedule)
+    plateau = done.plateau
+    if run.config.schedule.decay == "plateau":
+        plateau, rates = plateau.update(score, rates, run.config.schedule)
     learning_rates = replicate(
         {group: jnp.asarray(rate, jnp.float32) for group, rate in rates.items()}, run.mesh
     )
-    stopping = done.stopping.update(dice, int(numbers["epoch"]))
+    stopping = done.stopping.update(score, int(numbers["epoch"]))
     return (
         state._replace(learning_rates=learning_rates),
         Progressed([*done.history, numbers], plateau, stopping),
     )
 
 
-def variables_of(state: TrainState) -> Variables:
-    """Returns the network's part of a state."""
-    return Variables(state.params, state.batch_stats)
+def _score(run: Run, numbers: dict[str, float]) -> float:
+    """Returns what is to rise from epoch to epoch."""
+    return numbers[f"validation_{run.config.schedule.select_by}"]
+
+
+def _last_learning_rate(run: Run, state: TrainState) -> float:
+    """Returns the rate that the last step took."""
+    rate = float(state.learning_rates["main"])
+    factor = rate_factor(run.config.schedule, run.steps_per_epoch)
+    return rate if factor is None else rate * float(np.asarray(factor(int(state.step) - 1)))
 
 
 def training_of(state: TrainState) -> dict[str, Any]:
-    """Returns what a checkpoint of the state holds besides the variables."""
-    return {
+    """Returns what a checkpoint of the state holds besides the network."""
+    training = {
         "step": state.step,
         "opt_state": state.opt_state,
         "learning_rates": state.learning_rates,
     }
+    if state.averages:
+        # The network is the average; this is what goes on learning.
+        arrays = state.params | state.batch_stats
+        training["averaged_from"] = {name: arrays[name] for name in state.averages}
+    return training
+
+
+def restored_state(state: TrainState, network: Variables, training: dict[str, Any]) -> TrainState:
+    """Returns `state` with what a checkpoint holds: the inverse of `network_of`, `training_of`."""
+    training = dict(training)
+    learning = training.pop("averaged_from", {})
+    arrays = network.params | network.batch_stats
+    return state._replace(
+        params={name: learning.get(name, a) for name, a in network.params.items()},
+        batch_stats={
+            name: learning.get(name, array) for name, array in network.batch_stats.items()
+        },
+        averages={name: arrays[name] for name in learning},
+        **training,
+    )

@@ -33,13 +33,20 @@ from fetal_flax.data import splits
 from fetal_flax.errors import InputError, RunError
 from fetal_flax.files import json_bytes, locked, write_atomically
 from fetal_flax.training.distributed import everywhere, is_first
-from fetal_flax.training.epochs import Progressed, Underway, train_epochs, training_of, variables_of
+from fetal_flax.training.epochs import (
+    Progressed,
+    Underway,
+    restored_state,
+    train_epochs,
+    training_of,
+)
 from fetal_flax.training.interruption import Interruption
 from fetal_flax.training.preparation import Run, describe, prepare, split_method
 from fetal_flax.training.progress import Logs, Progress
-from fetal_flax.training.step import TrainState, create_state
+from fetal_flax.training.step import TrainState, create_state, network_of
 
 SHEET_IMAGES = 12
+SCORES = {"dice": "Dice", "ellipse_dice": "Dice of the ellipse"}
 # Settings that may change when a run is resumed: they don't change what a step computes.
 RESUMABLE = (
     "schedule.epochs",
@@ -97,9 +104,11 @@ def train(
         if is_first():
             _write_curves(done, workdir)
             _write_sheet(run, workdir)
+        score = SCORES[config.schedule.select_by]
         progress.say(
-            f"best validation Dice {done.stopping.best:.4f} in epoch {done.stopping.best_epoch}; "
-            f"curves.png, validation.png, metrics.csv and checkpoints are in {workdir}"
+            f"best validation {score} {done.stopping.best:.4f} in epoch "
+            f"{done.stopping.best_epoch}; curves.png, validation.png, metrics.csv and checkpoints "
+            f"are in {workdir}"
         )
     return workdir
 
@@ -144,17 +153,17 @@ def _start(
 ) -> tuple[TrainState, Progressed]:
     """Returns where the run begins, or where it goes on."""
     state = create_state(run.config, run.variables, run.mesh)
-    restored = saved.restore_latest(variables_of(state), training_of(state)) if resume else None
+    restored = saved.restore_latest(network_of(state), training_of(state)) if resume else None
     if restored is None:
         return state, Progressed()
-    variables, training, description, damages = restored
+    network, training, description, damages = restored
     for damage in damages:
         progress.say(f"{damage}; it is now in {workdir / checkpoints.DAMAGED}")
     _check_same_split(run, workdir)
     done = Progressed.from_json(dict(description.progress))
     steps = f" and {len(done.begun)} steps of the next" if done.begun else ""
     progress.say(f"resuming behind epoch {done.epochs}{steps}")
-    return state._replace(**variables._asdict(), **training), done
+    return restored_state(state, network, training), done
 
 
 def check_workdir(config: TrainConfig, workdir: Path, *, resume: bool) -> None:
@@ -172,7 +181,10 @@ def check_workdir(config: TrainConfig, workdir: Path, *, resume: bool) -> None:
             )
         return
     before, now = (flatten_dict(to_dict(c), sep=".") for c in (read_config(workdir), config))
-    changed = [name for name in now if now[name] != before[name] and name not in RESUMABLE]
+    # A cosine ends with the last epoch, so the steps before depend on how many there are.
+    fixed = {"schedule.epochs"} if config.schedule.decay == "cosine" else set()
+    resumable = set(RESUMABLE) - fixed
+    changed = [name for name in now if now[name] != before[name] and name not in resumable]
     if changed:
         name = changed[0]
         raise InputError(

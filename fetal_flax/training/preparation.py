@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from fetal_flax import checkpoints
 from fetal_flax.checkpoints import Description
 from fetal_flax.config import TrainConfig, to_dict
 from fetal_flax.conversion.encoder_weights import load_encoder
@@ -17,6 +19,7 @@ from fetal_flax.data.builders import Dataset, open_dataset
 from fetal_flax.data.foreground import foreground_pixels
 from fetal_flax.data.pipeline import steps_per_epoch
 from fetal_flax.data.resident import Resident, load_resident, resident_foreground_pixels
+from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 from fetal_flax.training.sharding import check_batch_size, create_mesh, replicate, replicated
@@ -68,33 +71,31 @@ def prepare(config: TrainConfig) -> Run:
     mesh = create_mesh()
     check_batch_size(config.schedule.batch_size, mesh)
     cache_dir = Path(config.data.cache_dir).expanduser()
-    encoder = load_encoder(config.encoder.weights, config.model, cache_dir)
+    initial = _initial_variables(config, cache_dir)
     dataset = open_dataset(config.data, config.seed)
     split = splits.split(dataset.names, dataset.examinations, **split_method(config))
     epoch_steps = steps_per_epoch(len(split.train), config.schedule.batch_size)
     dispatch_steps = _steps_per_dispatch(config, mesh, epoch_steps)
-    steps = create_steps(config, mesh)
+    steps = create_steps(config, mesh, steps_per_epoch=epoch_steps)
     # All that follows happens while a thread compiles.
     train_step = compile_train_step(
         config, steps, records=len(dataset), steps_per_dispatch=dispatch_steps
     )
     resident = None
     if config.data.backend == "device":
-        resident = load_resident(dataset, config.data.image_size, replicated(mesh))
+        resident = load_resident(
+            dataset, config.data.image_size, replicated(mesh), soft_masks=config.data.soft_masks
+        )
     pos_weight = config.loss.pos_weight
     if pos_weight == "auto":
+        # Of whole pixels: soft masks and hard ones are weighted alike.
         pixels = (
             foreground_pixels(dataset, config.data.image_size)
-            if resident is None
+            if resident is None or config.data.soft_masks
             else resident_foreground_pixels(resident)
         )
         foreground = pixels[list(split.train)].mean() / math.prod(config.data.image_size)
         pos_weight = (1 - foreground) / foreground
-    variables = functional.init(config.model, config.seed)
-    if encoder is not None:
-        variables = Variables(
-            variables.params | encoder.params, variables.batch_stats | encoder.batch_stats
-        )
     return Run(
         config=config,
         dataset=dataset,
@@ -105,9 +106,38 @@ def prepare(config: TrainConfig) -> Run:
         train_step=train_step,
         steps_per_epoch=epoch_steps,
         steps_per_dispatch=dispatch_steps,
-        variables=variables,
+        variables=initial(),
         resident=resident,
     )
+
+
+def _initial_variables(config: TrainConfig, cache_dir: Path) -> Callable[[], Variables]:
+    """Reads what the run begins with, and returns what makes variables of it.
+
+    Raises:
+        InputError: `init` or the encoder's weights can't be read, or are of another network.
+    """
+    if config.init == "none":
+        encoder = load_encoder(config.encoder.weights, config.model, cache_dir)
+
+        def drawn() -> Variables:
+            variables = functional.init(config.model, config.seed)
+            if encoder is None:
+                return variables
+            return Variables(
+                variables.params | encoder.params, variables.batch_stats | encoder.batch_stats
+            )
+
+        return drawn
+    variables, description = checkpoints.load(Path(config.init).expanduser())
+    wanted, found = functional.shapes(config.model), functional.shapes(description.model)
+    if jax.tree.map(lambda a: a.shape, wanted) != jax.tree.map(lambda a: a.shape, found):
+        raise InputError(
+            f"setting init is {config.init}, which holds a {description.model.title}, not the "
+            f"{config.model.title} that is to be trained: set model to the settings of its "
+            "config.json"
+        )
+    return lambda: variables
 
 
 def describe(run: Run) -> str:
@@ -115,6 +145,7 @@ def describe(run: Run) -> str:
     config, split = run.config, run.split
     encoder = "trainable" if config.encoder.trainable else "frozen"
     weights = {"none": "random weights"}.get(config.encoder.weights, config.encoder.weights)
+    weights = weights if config.init == "none" else config.init
     of_encoder = "" if config.model.name == "unet" else f", {encoder} encoder from {weights}"
     examinations = [
         len({run.dataset.examinations[i] for i in side}) for side in (split.train, split.validation)

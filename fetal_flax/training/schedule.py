@@ -1,13 +1,35 @@
-"""What the validation Dice decides: lower learning rates, a new best, the end of training.
+"""Learning rates over the steps, and what validation decides: lower rates, a new best, the end.
 
-Small immutable states, updated once per epoch on the host and stored in every checkpoint.
+What is decided once per epoch on the host is a small immutable state, stored in every checkpoint.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping
 
+import optax
+
 from fetal_flax.config import ScheduleConfig
+
+
+def rate_factor(config: ScheduleConfig, steps_per_epoch: int) -> optax.Schedule | None:
+    """Returns the factor on all learning rates as a function of the step, or None where it is 1.
+
+    Args:
+        config: Warm-up and decay. A plateau's reductions are not part of it: no step knows them.
+        steps_per_epoch: Training steps in an epoch.
+    """
+    total = config.epochs * steps_per_epoch
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if config.decay == "cosine":
+        after = optax.cosine_decay_schedule(1.0, max(total - warmup, 1))
+    elif warmup:
+        after = optax.constant_schedule(1.0)
+    else:
+        return None
+    # The first step of a warm-up has the rate of its end: with 0 it would do nothing.
+    rising = optax.linear_schedule(1 / (warmup + 1), 1.0, warmup)
+    return optax.join_schedules([rising, after], [warmup]) if warmup else after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +77,8 @@ class EarlyStopping:
 
     def should_stop(self, config: ScheduleConfig) -> bool:
         """Returns whether patience has run out."""
-        return self.bad_epochs >= config.early_stopping_patience
+        patience = config.early_stopping_patience
+        return patience is not None and self.bad_epochs >= patience
 
 
 def _reduced(rate: float, config: ScheduleConfig) -> float:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from fetal_flax.config import TrainConfig
+from fetal_flax.data.photometric import UNCHANGED, Photometric
 from fetal_flax.data.pipeline import Batch
 from fetal_flax.data.resident import Plan, Resident
 from fetal_flax.models import functional
@@ -61,17 +62,25 @@ def compile_train_step(
     state = jax.eval_shape(functools.partial(initial_state, config), variables)
     pos_weight = _shape((), np.float32)
     rows, size = (steps_per_dispatch, config.schedule.batch_size), config.data.image_size
+    photometric = None
+    if config.augmentation.photometric:
+        photometric = Photometric(*(_shape(rows, part.dtype) for part in UNCHANGED))
     if config.data.backend == "host":
         batches = Batch(
             image=_shape((*rows, *size, config.model.in_channels), np.uint8),
             mask=_shape((*rows, *size, 1), np.uint8),
             valid=_shape(rows, np.bool_),
             record=_shape(rows, np.int32),
+            photometric=photometric,
         )
         step, arguments = steps.train_several, (state, pos_weight, batches)
     else:
         images = _shape((records, *size), np.uint8)
-        plan = Plan(record=_shape(rows, np.int32), matrix=_shape((*rows, 2, 3), np.float32))
+        plan = Plan(
+            record=_shape(rows, np.int32),
+            matrix=_shape((*rows, 2, 3), np.float32),
+            photometric=photometric,
+        )
         step = steps.train_resident
         arguments = state, pos_weight, Resident(images, images), plan
     return AheadOfTime(lambda: step.lower(*arguments).compile())

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from fetal_flax.config import TrainConfig
+from fetal_flax.data.photometric import apply_photometric
 from fetal_flax.data.pipeline import Batch
 from fetal_flax.data.resident import Plan, Resident, take_batch
 from fetal_flax.models import functional
@@ -30,9 +31,12 @@ from fetal_flax.training.optimizer import (
     initial_learning_rates,
     label_parameters,
 )
+from fetal_flax.training.schedule import rate_factor
 from fetal_flax.training.sharding import batch_sharding, plan_sharding, replicate, replicated
 
 Metrics = dict[str, Array]
+_HALF = 127
+"""A pixel of a soft mask is in the head above it."""
 
 
 class TrainState(NamedTuple):
@@ -43,6 +47,10 @@ class TrainState(NamedTuple):
     batch_stats: Arrays
     opt_state: optax.OptState
     learning_rates: Arrays
+    """Of each group, before `schedule.decay` cosine and warm-up."""
+    averages: Arrays
+    """Moving averages of the parameters that learn and of all batch statistics, by name; empty
+    without `schedule.average_decay`."""
     halted: Array
     """Whether a step before had a loss or gradients that are not finite, and the run shall stop:
     then no step changes anything, until the host has noticed."""
@@ -97,13 +105,25 @@ def initial_state(config: TrainConfig, variables: Variables) -> TrainState:
             group: jnp.asarray(rate, _dtype(variables.params))
             for group, rate in initial_learning_rates(config).items()
         },
+        averages=_averaged(config, labels, variables),
         halted=jnp.zeros((), bool),
     )
     # Copied, because the state is donated and the caller may keep the variables.
     return jax.tree.map(jnp.copy, state)
 
 
-def create_steps(config: TrainConfig, mesh: Mesh) -> Steps:
+def network_of(state: TrainState) -> Variables:
+    """Returns the network that a state is validated and kept by: averaged, where it averages."""
+    averages = state.averages
+    return Variables(
+        *(
+            {name: averages.get(name, array) for name, array in arrays.items()}
+            for arrays in (state.params, state.batch_stats)
+        )
+    )
+
+
+def create_steps(config: TrainConfig, mesh: Mesh, *, steps_per_epoch: int = 1) -> Steps:
     """Returns the run's training and validation steps.
 
     Their `pos_weight`, the factor on the cross-entropy of foreground pixels, is an argument: a
@@ -112,6 +132,7 @@ def create_steps(config: TrainConfig, mesh: Mesh) -> Steps:
     Args:
         config: The run.
         mesh: Devices that share the batch.
+        steps_per_epoch: What warm-up and cosine count epochs by.
 
     Returns:
         `train(state, pos_weight, batch)`, which consumes the state and returns the next one with
@@ -125,6 +146,23 @@ def create_steps(config: TrainConfig, mesh: Mesh) -> Steps:
     labels = _labels(config)
     optimizer = create_optimizer(config.optimizer, labels)
     backward = create_backward(config)
+    factor = rate_factor(config.schedule, steps_per_epoch)
+
+    def rates(state: TrainState) -> Arrays:
+        if factor is None:
+            return state.learning_rates
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes.
+            now = jnp.asarray(factor(state.step), _dtype(state.params))
+        return {group: rate * now for group, rate in state.learning_rates.items()}
+
+    def averages(state: TrainState, learned: Arrays) -> Arrays:
+        # The first steps' weights would otherwise be in the average for as long as its decay says.
+        step = state.step.astype(_dtype(state.params))
+        decay = jnp.minimum(config.schedule.average_decay, (1 + step) / (10 + step))
+        return {
+            name: decay * average + (1 - decay) * learned[name]
+            for name, average in state.averages.items()
+        }
 
     def train(
         state: TrainState, pos_weight: float | Array, batch: Batch
@@ -137,7 +175,7 @@ def create_steps(config: TrainConfig, mesh: Mesh) -> Steps:
                 gradients | {name: jnp.zeros_like(array) for name, array in frozen.items()},
                 state.opt_state,
                 state.params,
-                learning_rates=state.learning_rates,
+                learning_rates=rates(state),
             )
         # Frozen arrays pass by untouched: adding a zero update would turn -0.0 into 0.0.
         updates = cast(Arrays, updates)
@@ -146,10 +184,12 @@ def create_steps(config: TrainConfig, mesh: Mesh) -> Steps:
         largest = [jnp.abs(a).max() for a in jax.tree.leaves((loss, gradients))]
         finite = jnp.isfinite(jnp.stack(largest)).all()
         applied = finite & ~state.halted
-        learning, batch_stats, opt_state = jax.tree.map(
+        averaged = averages(state, learning | batch_stats)
+        before = {name: state.params[name] for name in learning}
+        learning, batch_stats, opt_state, averaged = jax.tree.map(
             lambda after, before: jnp.where(applied, after, before),
-            (learning, batch_stats, opt_state),
-            ({name: state.params[name] for name in learning}, state.batch_stats, state.opt_state),
+            (learning, batch_stats, opt_state, averaged),
+            (before, state.batch_stats, state.opt_state, state.averages),
         )
         next_state = TrainState(
             state.step + jnp.where(skip | applied, 1, 0),
@@ -157,27 +197,38 @@ def create_steps(config: TrainConfig, mesh: Mesh) -> Steps:
             batch_stats,
             opt_state,
             state.learning_rates,
+            averaged,
             state.halted if skip else ~applied,
         )
-        dice = losses.hard_dice(logits, jnp.asarray(batch.mask, logits.dtype))
+        dice = losses.hard_dice(logits, hard_masks(batch).astype(logits.dtype))
         return next_state, {"loss": loss, "dice": dice.mean(), "applied": applied}
 
+    def hard_masks(batch: Batch) -> Array:
+        return jnp.asarray(batch.mask) > (_HALF if config.data.soft_masks else 0)
+
     def encode(variables: Variables, batch: Batch) -> Maps:
-        images, _, _ = _to_float(batch, _dtype(variables.params))
+        images = _images(batch, _dtype(variables.params))
         return functional.encode(config.model, variables, images)
 
     def evaluate(
         variables: Variables, pos_weight: float | Array, batch: Batch, maps: Maps | None
     ) -> Metrics:
-        images, masks, valid = _to_float(batch, _dtype(variables.params))
+        dtype = _dtype(variables.params)
+        images, masks = _images(batch, dtype), hard_masks(batch).astype(dtype)
+        valid = jnp.asarray(batch.valid)
         logits, _ = functional.apply(config.model, variables, images, maps=maps)
         loss = losses.dice_bce_loss(logits, masks, valid, config=config.loss, pos_weight=pos_weight)
-        return {"loss": loss, "dice": losses.hard_dice(logits, masks), "valid": valid}
+        metrics = {"loss": loss, "dice": losses.hard_dice(logits, masks), "valid": valid}
+        if config.schedule.select_by == "ellipse_dice":
+            metrics |= {"predicted": logits[..., 0] > 0, "annotated": masks[..., 0] > 0}
+        return metrics
 
     whole, split, planned = replicated(mesh), batch_sharding(mesh), plan_sharding(mesh)
 
     def batch_of(resident: Resident, step: Plan) -> Batch:
-        batch = take_batch(resident, step, config.model.in_channels)
+        batch = take_batch(
+            resident, step, config.model.in_channels, soft_masks=config.data.soft_masks
+        )
         return jax.lax.with_sharding_constraint(batch, split)
 
     def train_several(
@@ -217,7 +268,13 @@ def create_backward(config: TrainConfig) -> Callable[[TrainState, float | Array,
     def backward(state: TrainState, pos_weight: float | Array, batch: Batch) -> Backward:
         frozen = {name: a for name, a in state.params.items() if labels[name] == FROZEN}
         learning = {name: a for name, a in state.params.items() if labels[name] != FROZEN}
-        images, masks, valid = _to_float(batch, _dtype(state.params))
+        dtype = _dtype(state.params)
+        images, valid = _images(batch, dtype), jnp.asarray(batch.valid)
+        masks = jnp.asarray(batch.mask, dtype)
+        if config.data.soft_masks:
+            masks = masks / 255
+        if batch.photometric is not None:
+            images = apply_photometric(images, batch.photometric, config.augmentation)
 
         def loss_function(learning: Arrays) -> tuple[Array, tuple[Arrays, Array]]:
             logits, batch_stats = functional.apply(
@@ -251,10 +308,17 @@ def _labels(config: TrainConfig) -> dict[str, str]:
     return label_parameters(functional.shapes(config.model).params, freezing_rules(config))
 
 
-def _to_float(batch: Batch, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
-    """Returns images in [0, 1], masks of 0 and 1, and which images count."""
-    images, masks = jnp.asarray(batch.image, dtype), jnp.asarray(batch.mask, dtype)
-    return images / 255, masks, jnp.asarray(batch.valid)
+def _averaged(config: TrainConfig, labels: dict[str, str], variables: Variables) -> Arrays:
+    """Returns what the moving averages begin with."""
+    if not config.schedule.average_decay:
+        return {}
+    params = {name: a for name, a in variables.params.items() if labels[name] != FROZEN}
+    return params | variables.batch_stats
+
+
+def _images(batch: Batch, dtype: jnp.dtype) -> Array:
+    """Returns a batch's images in [0, 1]."""
+    return jnp.asarray(batch.image, dtype) / 255
 
 
 def _dtype(params: Arrays) -> jnp.dtype:

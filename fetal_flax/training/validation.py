@@ -17,6 +17,8 @@ from fetal_flax.data.pipeline import (
 )
 from fetal_flax.data.resident import evaluation_plans
 from fetal_flax.errors import Interrupted
+from fetal_flax.evaluation.head import measure_head
+from fetal_flax.evaluation.metrics import segmentation_metrics
 from fetal_flax.models.functional import Variables
 from fetal_flax.models.unet import Maps
 from fetal_flax.training.distributed import shard
@@ -24,6 +26,12 @@ from fetal_flax.training.interruption import Interruption
 from fetal_flax.training.preparation import Run
 from fetal_flax.training.sharding import batch_sharding, plan_sharding
 from fetal_flax.training.step import encoder_rests
+
+
+def ellipse_dice(mask: np.ndarray, truth: np.ndarray) -> float:
+    head = measure_head(mask, 1.0, outline_px=0.0)
+    filled = head.ellipse.filled(*mask.shape) > 0 if head else np.zeros_like(truth)
+    return segmentation_metrics(filled, truth)["dice"]
 
 
 class Validation:
@@ -48,6 +56,9 @@ class Validation:
     ) -> dict[str, float]:
         """Returns mean loss and Dice, every image counted once.
 
+        With `schedule.select_by` ellipse_dice also the Dice of the ellipses that are fitted to the
+        masks' largest regions, at the network's size.
+
         Args:
             variables: The network; a frozen encoder has the same ones every time.
             interruption: Ends it early.
@@ -57,6 +68,7 @@ class Validation:
         """
         losses: list[float] = []
         dices: list[float] = []
+        ellipse_dices: list[float] = []
         pending: collections.deque[dict[str, jax.Array]] = collections.deque()
 
         def read() -> None:
@@ -64,6 +76,10 @@ class Validation:
             valid = metrics["valid"]
             losses.extend([float(metrics["loss"])] * int(valid.sum()))
             dices.extend(metrics["dice"][valid].tolist())
+            if "predicted" in metrics:
+                ellipse_dices.extend(
+                    map(ellipse_dice, metrics["predicted"][valid], metrics["annotated"][valid])
+                )
 
         evaluate, pos_weight = self._run.steps.evaluate, self._run.pos_weight_on_devices
         for batch, maps in self._inputs(variables):
@@ -74,7 +90,8 @@ class Validation:
                 raise Interrupted
         while pending:
             read()
-        return {"validation_loss": float(np.mean(losses)), "validation_dice": float(np.mean(dices))}
+        numbers = {"loss": losses, "dice": dices, "ellipse_dice": ellipse_dices}
+        return {f"validation_{name}": float(np.mean(v)) for name, v in numbers.items() if v}
 
     def _inputs(self, variables: Variables) -> Iterator[tuple[Batch, Maps | None]]:
         """Yields the batches with their maps; keeps them once it has yielded all."""

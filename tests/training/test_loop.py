@@ -2,20 +2,24 @@
 
 import dataclasses
 import json
+import math
+import signal
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 
 from fetal_flax import checkpoints
 from fetal_flax.config import (
+    AugmentationConfig,
     EncoderConfig,
     ModelConfig,
     TrainConfig,
 )
-from fetal_flax.errors import InputError
+from fetal_flax.errors import InputError, Interrupted
 from fetal_flax.models import functional
-from fetal_flax.training import loop
+from fetal_flax.training import epochs, loop
 
 ROOT = Path(__file__).parents[2]
 TIMINGS = {"seconds", "images_per_second", "waiting"}
@@ -89,6 +93,90 @@ def test_resuming_on_the_devices_own_batches_is_exact(small_config, tmp_path, re
     config = on_device(small_config(epochs=2), steps_per_dispatch=4)
     loop.train(config, tmp_path / "run", resume=True)
     assert read_rows(tmp_path / "run") == read_rows(undisturbed)
+
+
+def with_recipe(config: TrainConfig) -> TrainConfig:
+    """Everything that a recipe may add, besides what `small_config` was given."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, soft_masks=True),
+        augmentation=AugmentationConfig(gain=0.3, gamma=0.5, blur_px=1, speckle=0.2, shadow=0.5),
+        schedule=dataclasses.replace(
+            config.schedule,
+            decay="cosine",
+            warmup_epochs=0.5,
+            average_decay=0.9,
+            select_by="ellipse_dice",
+            early_stopping_patience=None,
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def by_recipe(small_config, tmp_path_factory) -> Path:
+    """The workdir of an undisturbed run with everything that a recipe may add."""
+    workdir = tmp_path_factory.mktemp("recipe") / "run"
+    return loop.train(with_recipe(small_config(epochs=3)), workdir)
+
+
+def test_a_recipe_is_resumed_exactly(
+    by_recipe, small_config, tmp_path, read_rows, same_state, monkeypatch
+):
+    """Stopped in the middle of an epoch; the averages and what they are of both go on."""
+    config = with_recipe(small_config(epochs=3))
+    count = epochs.Underway.count
+
+    def stop_in_the_second_epoch(underway, metrics):
+        count(underway, metrics)
+        if underway.done.epochs == 1 and len(underway.done.begun) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(epochs.Underway, "count", stop_in_the_second_epoch)
+        loop.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run", resume=True)
+    assert read_rows(tmp_path / "run") == read_rows(by_recipe)
+    assert same_state(tmp_path / "run", by_recipe)
+
+
+def test_a_recipe_keeps_the_average_and_chooses_by_the_ellipse(by_recipe, read_rows):
+    rows = read_rows(by_recipe)
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx(
+        [3e-4 * 0.5 * (1 + math.cos(math.pi * (step - 2) / 10)) for step in (3, 7, 11)]
+    )
+    _, description = checkpoints.load(by_recipe)
+    best = max(float(row["validation_ellipse_dice"]) for row in rows)
+    assert description.progress["history"][-1]["validation_ellipse_dice"] == best
+
+
+def test_a_cosines_end_is_not_moved_by_resuming(by_recipe, small_config):
+    with pytest.raises(InputError, match=r"schedule\.epochs"):
+        loop.train(with_recipe(small_config(epochs=4)), by_recipe, resume=True)
+
+
+def test_a_run_begins_with_a_trained_network(finished, small_config, tmp_path, read_rows):
+    """At another image size; with a rate of nearly nothing it validates as the network does."""
+    config = small_config(epochs=1)
+    config = dataclasses.replace(
+        config,
+        init=str(finished),
+        data=dataclasses.replace(config.data, image_size=(48, 48)),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-30),
+    )
+    workdir = loop.train(config, tmp_path / "run")
+    ours, theirs = checkpoints.load(workdir)[0], checkpoints.load(finished)[0]
+    for name in theirs.params:
+        np.testing.assert_array_equal(ours.params[name], theirs.params[name])
+    assert float(read_rows(workdir)[0]["validation_dice"]) > 0.3
+
+
+def test_a_run_does_not_begin_with_another_network(finished, small_config, tmp_path):
+    config = dataclasses.replace(
+        small_config(), init=str(finished), model=ModelConfig(name="unet", base_width=8)
+    )
+    with pytest.raises(InputError, match="setting init"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_early_stopping_ends_a_run(small_config, tmp_path, read_rows):

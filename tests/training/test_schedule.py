@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fetal_flax.config import ScheduleConfig
-from fetal_flax.training.schedule import EarlyStopping, Plateau
+from fetal_flax.training.schedule import EarlyStopping, Plateau, rate_factor
 
 # Ties, negatives, and gains around the relative threshold of 1e-4.
 METRICS = st.lists(
@@ -117,3 +117,29 @@ def test_early_stopping_remembers_the_best_epoch():
 @pytest.mark.parametrize("state", [Plateau(), EarlyStopping()])
 def test_states_begin_below_every_metric(state):
     assert state.best == -math.inf
+
+
+def test_a_cosine_falls_to_nothing_at_the_end():
+    factor = rate_factor(ScheduleConfig(epochs=5, decay="cosine"), 8)
+    assert factor is not None
+    for step in range(41):
+        expected = 0.5 * (1 + math.cos(math.pi * step / 40))
+        assert float(factor(step)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("decay", ["plateau", "cosine"])
+def test_a_warm_up_rises_evenly_and_hands_over_at_the_peak(decay):
+    factor = rate_factor(ScheduleConfig(epochs=5, decay=decay, warmup_epochs=0.5), 8)
+    assert factor is not None
+    assert [float(factor(step)) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
+    last = 1.0 if decay == "plateau" else 0.5 * (1 + math.cos(math.pi * 35 / 36))
+    assert float(factor(39)) == pytest.approx(last, abs=1e-6)
+
+
+def test_without_either_the_rates_are_left_alone():
+    assert rate_factor(ScheduleConfig(), 8) is None
+
+
+def test_no_patience_never_stops():
+    stopping = EarlyStopping(best=1.0, bad_epochs=1000)
+    assert not stopping.should_stop(ScheduleConfig(early_stopping_patience=None))

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -10,12 +11,16 @@ import pytest
 from jax.sharding import Mesh
 
 from fetal_flax.config import (
+    AugmentationConfig,
+    DataConfig,
     EncoderConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
+    ScheduleConfig,
     TrainConfig,
 )
+from fetal_flax.data.photometric import UNCHANGED
 from fetal_flax.data.pipeline import Batch
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
@@ -27,6 +32,7 @@ from fetal_flax.training.step import (
     create_state,
     create_steps,
     initial_state,
+    network_of,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -323,3 +329,77 @@ def test_a_loop_runs_every_convolution_of_a_step_fast(trainable, make_batch):
         assert "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line
         assert "feature_group_count = 1" in line and "batch_group_count = 1" in line
         assert "reverse" not in line or "true" not in line
+
+
+def test_averages_are_moving_means_of_what_learns(make_batch):
+    schedule = ScheduleConfig(average_decay=0.2)
+    config = dataclasses.replace(UNET, schedule=schedule)
+    mesh = create_mesh(jax.devices()[:2])
+    steps, state = create_steps(config, mesh), create_state(config, _variables(config), mesh)
+    average = _host(state.params | state.batch_stats)
+    for step in range(4):
+        state, _ = steps.train(state, POS_WEIGHT, make_batch(4, 16, 16, seed=step))
+        decay = min(0.2, (1 + step) / (10 + step))
+        now = _host(state.params | state.batch_stats)
+        average = {name: decay * average[name] + (1 - decay) * now[name] for name in now}
+    network = network_of(state)
+    _assert_near(network.params | network.batch_stats, average, 1e-6)
+    assert any(
+        not np.array_equal(network.params[name], state.params[name]) for name in state.params
+    )
+
+
+def test_a_frozen_encoder_has_no_averages(make_batch):
+    config = dataclasses.replace(DEFAULT, schedule=ScheduleConfig(average_decay=0.9))
+    state = jax.eval_shape(
+        functools.partial(initial_state, config), functional.shapes(config.model)
+    )
+    assert not any(name in state.averages for name in state.params if name.startswith("encoder/"))
+    assert all(name in state.averages for name in state.params if not name.startswith("encoder/"))
+
+
+def test_averaging_leaves_training_as_it_is(make_batch):
+    batches = [make_batch(4, 16, 16, seed=seed) for seed in range(3)]
+    averaging = dataclasses.replace(UNET, schedule=ScheduleConfig(average_decay=0.9))
+    plain, averaged = _train(UNET, batches), _train(averaging, batches)
+    _assert_near(averaged.state.params, plain.state.params, 1e-6)
+    assert network_of(plain.state).params == plain.state.params
+
+
+def test_rates_follow_the_cosine_step_by_step(make_batch):
+    """Plain gradient descent of a known rate: what one step moves is the rate's share of it."""
+    schedule = ScheduleConfig(epochs=2, decay="cosine", warmup_epochs=1)
+    config = dataclasses.replace(UNET, schedule=schedule)
+    mesh = create_mesh(jax.devices()[:1])
+    batch = make_batch(4, 16, 16)
+    plain = create_steps(UNET, mesh).train(create_state(UNET, _variables(UNET), mesh), 1.0, batch)
+    steps = create_steps(config, mesh, steps_per_epoch=4)
+    state, _ = steps.train(create_state(config, _variables(config), mesh), 1.0, batch)
+    before = _host(_variables(UNET).params)
+    for name, array in before.items():
+        whole, part = np.asarray(plain[0].params[name]) - array, np.asarray(state.params[name])
+        np.testing.assert_allclose(part - array, whole / 5, atol=2e-7)
+
+
+def test_soft_masks_are_shares_in_the_loss_and_whole_pixels_in_the_dice(make_batch):
+    hard = make_batch(4, 16, 16)
+    soft = hard._replace(mask=np.where(hard.mask, 200, 60).astype(np.uint8))
+    config = dataclasses.replace(UNET, data=DataConfig(soft_masks=True))
+    as_shares = _train(config, [hard._replace(mask=(255 * hard.mask).astype(np.uint8))])
+    as_pixels = _train(UNET, [hard])
+    assert as_shares.metrics == as_pixels.metrics
+    in_between = _train(config, [soft])
+    assert in_between.metrics[0]["dice"] == as_pixels.metrics[0]["dice"]
+    assert in_between.metrics[0]["loss"] != as_pixels.metrics[0]["loss"]
+
+
+def test_grey_levels_are_varied_in_training_alone(make_batch):
+    augmentation = AugmentationConfig(gain=0.5, photometric_probability=1.0)
+    config = dataclasses.replace(UNET, augmentation=augmentation)
+    batch = make_batch(4, 16, 16)
+    whole = jax.tree.map(lambda value: np.full(4, value), UNCHANGED)
+    darker = batch._replace(photometric=whole._replace(gain=np.full(4, 0.5, np.float32)))
+    halved = batch._replace(image=batch.image // 2 * 1)
+    even = batch._replace(image=batch.image // 2 * 2, photometric=darker.photometric)
+    ours, theirs = _train(config, [even]), _train(UNET, [halved])
+    assert ours.metrics[0]["loss"] == pytest.approx(theirs.metrics[0]["loss"], rel=1e-5)
