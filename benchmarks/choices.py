@@ -21,10 +21,10 @@ import numpy as np
 from timing import alternate, apart, spread
 
 from fetal_flax.config import TrainConfig
-from fetal_flax.data.pipeline import Batch
+from fetal_flax.data.batch import Batch
 from fetal_flax.models import convolution, folding, functional, layers
 from fetal_flax.models.layers import FeatureMap, UpConv, per_channel
-from fetal_flax.training import step
+from fetal_flax.training import compile as programs
 from fetal_flax.training.sharding import create_mesh
 
 TOLERANCE = 1e-3
@@ -54,7 +54,7 @@ def transposed(self: UpConv, x: FeatureMap) -> FeatureMap:
 
 
 CHOICES = (
-    Choice("convolutions by Eigen, not YNN", "it", step, "compiler_options", lambda **_: {}),
+    Choice("convolutions by Eigen, not YNN", "it", programs, "compiler_options", lambda **_: {}),
     Choice("one image after the other", "i", functional, "infer", infer_whole),
     Choice("up-convolution and 3×3 as one", "i", folding, "fold_up", lambda stage: None),
     Choice("head in the last block", "i", folding, "fold_head", lambda network: None),
@@ -162,7 +162,7 @@ def inference(batch: Batch) -> tuple[Callable, np.ndarray]:
     def logits(folded: functional.Arrays, image: np.ndarray) -> jax.Array:
         return functional.infer(config, folded, jnp.asarray(image, jnp.float32) / 255)
 
-    infer = jax.jit(logits, compiler_options=step.compiler_options())
+    infer = jax.jit(logits, compiler_options=programs.compiler_options())
     compiled = infer.lower(folded, batch.image).compile()
     return lambda: compiled(folded, batch.image), np.asarray(compiled(folded, batch.image))
 
@@ -170,8 +170,8 @@ def inference(batch: Batch) -> tuple[Callable, np.ndarray]:
 def training(batch: Batch) -> tuple[Callable, np.ndarray]:
     """Returns a call of the training step, and its first loss."""
     config, mesh = TrainConfig(), create_mesh()
-    train = step.create_steps(config, mesh).train
-    state = step.create_state(config, functional.init(config.model, 0), mesh)
+    train = programs.create_programs(config, mesh).train_step
+    state = programs.create_state(config, functional.init(config.model, 0), mesh)
     pos_weight = np.float32(2.3)
     compiled = train.lower(state, pos_weight, batch).compile()
     latest = [compiled(state, pos_weight, batch)]

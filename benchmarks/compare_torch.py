@@ -23,24 +23,24 @@ import torch
 from timing import alternate, apart, spread
 
 from fetal_flax.config import EncoderConfig, TrainConfig
+from fetal_flax.data.batch import Batch
 from fetal_flax.data.images import resize_image, resize_mask
 from fetal_flax.data.phantom import make_phantom
-from fetal_flax.data.pipeline import Batch
 from fetal_flax.models import functional
 from fetal_flax.models.convolution import compiler_options
 from fetal_flax.models.functional import Variables
 from fetal_flax.parity import reference
 from fetal_flax.parity.compare import Pair
 from fetal_flax.parity.run import random_pair
+from fetal_flax.training.compile import create_programs, create_state
 from fetal_flax.training.sharding import create_mesh
-from fetal_flax.training.step import create_state, create_steps
 
 BASE = "PyTorch, channels_last"
 POS_WEIGHT = 2.3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ACCELERATED = DEVICE == "cuda" or jax.default_backend() != "cpu"
 SEVERAL = 2
-"""Training steps that a call of `train_several` does here, as on a CPU in a run."""
+"""Training steps that a call of `train_chunk` does here, as on a CPU in a run."""
 # Largest difference from eager PyTorch: of logits over their deviation, of losses over the loss.
 # GPUs round the factors of float32 products to ten bits.
 TOLERANCES = {"float32": 1e-3 if DEVICE == "cpu" else 5e-2, "bfloat16": 0.3}
@@ -171,16 +171,16 @@ def training(pair: Pair, batch: int, options: argparse.Namespace) -> list[Way]:
             model = dataclasses.replace(pair.config.model, dtype=dtype)
             config = dataclasses.replace(pair.config, model=model)
             mesh = create_mesh(jax.devices()[:1])
-            steps = create_steps(config, mesh)
+            programs = create_programs(config, mesh)
             state = create_state(config, on_device(pair.variables), mesh)
-            step, on = steps.train, jax.device_put(batch_of_data)
+            step, on = programs.train_step, (jax.device_put(batch_of_data),)
             if several > 1:
                 stacked = jax.tree.map(lambda array: np.stack([array] * several), batch_of_data)
-                step, on = steps.train_several, jax.device_put(stacked)
+                step, on = programs.train_chunk, (None, jax.device_put(stacked))
 
             def call() -> float:
                 nonlocal state
-                state, metrics = step(state, POS_WEIGHT, on)
+                state, metrics = step(state, POS_WEIGHT, *on)
                 jax.block_until_ready(state)
                 return float(metrics["loss"].ravel()[0])
 

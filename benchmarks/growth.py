@@ -21,14 +21,15 @@ from timing import alternate
 
 from fetal_flax.config import AugmentationConfig, DataConfig, EncoderConfig, TrainConfig
 from fetal_flax.data.builders import Dataset
+from fetal_flax.data.device_loader import gather_batch, load_device_dataset, training_recipes
+from fetal_flax.data.host_loader import training_batches
 from fetal_flax.data.images import encode_png
+from fetal_flax.data.order import TrainingOrder, split_into_calls
 from fetal_flax.data.phantom import make_phantom
-from fetal_flax.data.pipeline import TrainingOrder, split_into_calls, training_batches
-from fetal_flax.data.resident import load_resident, take_batch, training_plans
 from fetal_flax.inference.predictor import Predictor
 from fetal_flax.models import functional
-from fetal_flax.training.sharding import batch_sharding, create_mesh, plan_sharding, replicated
-from fetal_flax.training.step import create_state, create_steps
+from fetal_flax.training.compile import create_programs, create_state
+from fetal_flax.training.sharding import batch_sharding, create_mesh, replicated, step_sharding
 
 CONFIG = TrainConfig(encoder=EncoderConfig(weights="none"))
 BATCH = 16
@@ -97,7 +98,7 @@ def step_in_process(devices: int, side: int, repeats: int) -> float:
 
 def training_step(side: int, repeats: int) -> float:
     mesh = create_mesh()
-    state, step = create_state(CONFIG, variables(), mesh), create_steps(CONFIG, mesh).train
+    state, step = create_state(CONFIG, variables(), mesh), create_programs(CONFIG, mesh).train_step
     dataset = phantoms(BATCH)
     config = DataConfig(image_size=(side, side), workers=0)
     batch = next(batches_of(dataset, config, 1))
@@ -120,13 +121,13 @@ def data_set(count: int, backend: str, side: int) -> None:
         megabytes = 0
         ready = (jax.device_put(batch, batch_sharding(mesh)) for batch in batches)
     else:
-        resident = load_resident(dataset, size, replicated(mesh))
-        megabytes = sum(array.nbytes for array in resident) / 1e6
+        images = load_device_dataset(dataset, size, replicated(mesh))
+        megabytes = sum(array.nbytes for array in images) / 1e6
         order = TrainingOrder(tuple(range(count)), AugmentationConfig(), 0, BATCH)
-        plans = training_plans(order, size, split_into_calls(1, steps, 0, steps))
-        take = jax.jit(lambda resident, plan: take_batch(resident, jax.tree.map(first, plan), 1))
-        sharding = plan_sharding(mesh)
-        ready = (take(resident, jax.device_put(plan, sharding)) for plan in plans)
+        recipes = training_recipes(order, size, split_into_calls(1, steps, 0, steps))
+        gather = jax.jit(lambda images, recipe: gather_batch(images, jax.tree.map(first, recipe), 1))
+        sharding = step_sharding(mesh)
+        ready = (gather(images, jax.device_put(recipe, sharding)) for recipe in recipes)
     jax.block_until_ready(next(ready))
     started = time.perf_counter()
     for batch in ready:

@@ -22,7 +22,7 @@ def child(flags: list[str], started: float) -> int:
     import jax
 
     from fetal_flax import cli
-    from fetal_flax.training.startup import AheadOfTime
+    from fetal_flax.training.compile import BackgroundCompilation
 
     def timed(self, *arguments):
         # A step begins when it is compiled and its batch is there, not when it is called.
@@ -33,7 +33,7 @@ def child(flags: list[str], started: float) -> int:
         print(f"STARTED {begin} {time.time() - started}", flush=True)
         os._exit(0)
 
-    AheadOfTime.__call__ = timed
+    BackgroundCompilation.__call__ = timed
     return cli.main(["train", *flags])
 
 

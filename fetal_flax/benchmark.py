@@ -31,13 +31,13 @@ from fetal_flax.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from fetal_flax.data.pipeline import Batch
+from fetal_flax.data.batch import Batch
 from fetal_flax.data.workers import available_cpus
 from fetal_flax.inference.predictor import Predictor
 from fetal_flax.models import functional
 from fetal_flax.models.summary import summarize
+from fetal_flax.training.compile import create_programs, create_state
 from fetal_flax.training.sharding import batch_sharding, check_batch_size, create_mesh
-from fetal_flax.training.step import create_state, create_steps
 
 _PRODUCT_SIDE, _PRODUCT_SIDE_ON_CPU = 8192, 2048
 _COPY_BYTES = 2**28
@@ -183,11 +183,11 @@ def _training(model: ModelConfig, image_size: tuple[int, int], batch_size: int) 
             image=rng.integers(0, 256, (batch_size, *image_size, model.in_channels), np.uint8),
             mask=rng.integers(0, 2, (batch_size, *image_size, 1), np.uint8),
             valid=np.ones(batch_size, bool),
-            record=np.arange(batch_size, dtype=np.int32),
+            index=np.arange(batch_size, dtype=np.int32),
         ),
         batch_sharding(mesh),
     )
-    step = create_steps(config, mesh).train
+    step = create_programs(config, mesh).train_step
     # A step consumes its state.
     return _Computation(
         "training", step, (state, 1.0, batch), lambda results: (results[0], 1.0, batch)

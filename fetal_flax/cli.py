@@ -55,7 +55,7 @@ class Train:
 
     def run(self) -> int:
         """Trains, or prints the plan."""
-        from fetal_flax.training import distributed, loop, plan
+        from fetal_flax.training import distributed, dry_run, run
 
         together = self.coordinator, self.process_count, self.process_id
         if self.distributed:
@@ -71,9 +71,9 @@ class Train:
             settings = cross_validation.with_fold(settings, self.fold)
             workdir = cross_validation.fold_folder(_folds_workdir(settings), self.fold)
         if self.dry_run:
-            plan.dry_run(settings)
+            dry_run.dry_run(settings)
         else:
-            loop.train(settings, self.workdir or workdir, resume=self.resume, profile=self.profile)
+            run.train(settings, self.workdir or workdir, resume=self.resume, profile=self.profile)
         return 0
 
 
@@ -439,7 +439,7 @@ def _settings(flags: list[str]) -> TrainConfig:
     parser.add_argument("--resume", action="store_true")
     known, _ = parser.parse_known_args(flags)
     if known.resume and known.workdir and not known.config:
-        from fetal_flax.training.loop import read_config
+        from fetal_flax.training.workdir import read_config
 
         return read_config(known.workdir)
     return load_config(known.config or Train.config)

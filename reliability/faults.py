@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -58,21 +59,21 @@ def child(arguments: list[str]) -> int:
     from fetal_flax.config import DataConfig
 
     keep_compilations(DataConfig.cache_dir)  # Before anything imports JAX.
-    from fetal_flax import checkpoints, cli
-    from fetal_flax.training import epochs, loop
-    from fetal_flax.training.validation import Validation
+    from fetal_flax import cli
+    from fetal_flax.training import events, run
 
-    def announced(phase: str, function: Callable) -> Callable:
-        def call(*positional: Any, **keywords: Any) -> Any:
-            print(f"PHASE {phase}", flush=True)
-            return function(*positional, **keywords)
+    phases = {
+        events.CallDone: "step",
+        events.ValidationBegan: "validation",
+        events.CheckpointBegan: "saving",
+    }
 
-        return call
+    def announce(event: events.Event) -> None:
+        if type(event) in phases:
+            print(f"PHASE {phases[type(event)]}", flush=True)
 
-    epochs.Underway.count = announced("step", epochs.Underway.count)
-    Validation.measure = announced("validation", Validation.measure)
-    checkpoints.TrainingCheckpoints.save = announced("saving", checkpoints.TrainingCheckpoints.save)
-    loop.prepare = announced("start", loop.prepare)
+    run.train = functools.partial(run.train, listeners=[announce])
+    print("PHASE start", flush=True)
     return cli.main(["train", *arguments])
 
 

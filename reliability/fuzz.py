@@ -57,7 +57,7 @@ from fetal_flax.errors import InputError
 from fetal_flax.files import json_bytes
 from fetal_flax.inference.sources import pixel_sizes
 from fetal_flax.models import functional
-from fetal_flax.training.loop import read_config
+from fetal_flax.training.workdir import read_config
 
 HANG_SECONDS = 60
 GROWTH_MB = 1024  # hc18 decodes images of up to 2^25 pixels, 256 MB each, one per processor.

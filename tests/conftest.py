@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from fetal_flax.data.pipeline import Batch
+from fetal_flax.data.batch import Batch
 
 # Many tests compile the same step; pytest-xdist's workers and children that run train.py share it.
 if "PYTEST_XDIST_WORKER" not in os.environ:

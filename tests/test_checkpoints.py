@@ -17,8 +17,8 @@ from fetal_flax.config import ModelConfig, TrainConfig, to_dict
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
+from fetal_flax.training.compile import create_state
 from fetal_flax.training.sharding import create_mesh, replicated
-from fetal_flax.training.step import create_state
 
 MODEL = ModelConfig(name="unet", base_width=2)
 CONFIG = TrainConfig(model=MODEL)

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,14 +25,15 @@ from torch import Tensor, nn
 
 from fetal_flax.config import TrainConfig
 from fetal_flax.conversion.tables import ENCODER, IGNORED, TABLES, find
-from fetal_flax.data.pipeline import Batch
+from fetal_flax.data.batch import Batch
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 from fetal_flax.models.mobilenet_v2 import TAPS
 from fetal_flax.parity import reference
 from fetal_flax.parity.settings import Precision
+from fetal_flax.training.compile import create_programs, create_state
 from fetal_flax.training.sharding import create_mesh
-from fetal_flax.training.step import TrainState, create_backward, create_state, create_steps
+from fetal_flax.training.step import TrainState, loss_and_gradients
 
 # A stage's error is a jump where it is this many times what came in.
 JUMP = 100
@@ -288,8 +290,8 @@ def compare_backward(
         pos_weight: Factor on the cross-entropy of foreground pixels.
         exact: Gradients in a higher precision, where they are known.
     """
-    backward = jax.jit(create_backward(pair.config))
-    ours = backward(_state(pair), pos_weight, batch)
+    backward = jax.jit(functools.partial(loss_and_gradients, config=pair.config))
+    ours = backward(_state(pair), batch, pos_weight=pos_weight)
 
     network = copy.deepcopy(pair.network)
     reference.set_training(network, pair.config)
@@ -314,7 +316,7 @@ def compare_training(
     pair: Pair, batches: Sequence[Batch], pos_weight: float, steps: int
 ) -> dict[str, Any]:
     """Trains both and returns the errors of every step, as fields of `Comparison`."""
-    train = create_steps(pair.config, _mesh()).train
+    train = create_programs(pair.config, _mesh()).train_step
     state = _state(pair)
     network = copy.deepcopy(pair.network)
     reference.set_training(network, pair.config)

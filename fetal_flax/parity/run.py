@@ -16,8 +16,9 @@ from fetal_flax.config import DataConfig, EncoderConfig, TrainConfig
 from fetal_flax.conversion.networks import STEM, Network, convert_state_dict
 from fetal_flax.conversion.tables import ENCODER
 from fetal_flax.conversion.torch_file import read_state_dict, unwrap
+from fetal_flax.data.batch import Batch
 from fetal_flax.data.builders import open_dataset
-from fetal_flax.data.pipeline import Batch, evaluation_batches
+from fetal_flax.data.host_loader import evaluation_batches
 from fetal_flax.errors import InputError
 from fetal_flax.files import json_bytes, write_atomically
 from fetal_flax.models import functional

@@ -1,1 +1,1 @@
-"""Loss, optimizer, sharded step, loop."""
+"""Training: run.py tells the story of a run, step.py is what one of its steps does."""

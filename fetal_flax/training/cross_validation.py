@@ -11,7 +11,7 @@ from typing import Any
 
 from fetal_flax.config import TrainConfig
 from fetal_flax.evaluation.evaluate import Measured, measure, write_results
-from fetal_flax.training import loop
+from fetal_flax.training.run import train
 
 DEFAULT_FOLDS = 5
 
@@ -35,7 +35,7 @@ def cross_validate(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     folds = range(config.data.folds or DEFAULT_FOLDS)
     runs = [fold_folder(workdir, fold) for fold in folds]
     for fold, run in zip(folds, runs, strict=True):
-        loop.train(with_fold(config, fold), run, resume=(run / "config.json").exists())
+        train(with_fold(config, fold), run, resume=(run / "config.json").exists())
     measured = _joined(workdir, [measure(run, workdir, split="validation") for run in runs])
     return write_results(workdir, measured, curves=[run / "curves.png" for run in runs])
 

@@ -24,7 +24,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
 
-def plan_sharding(mesh: Mesh) -> NamedSharding:
+def step_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that splits an array's second axis, behind that of the steps."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXIS))
 

@@ -1,4 +1,4 @@
-"""What the validation split says of a network, epoch after epoch."""
+"""Validation loss and Dice; keeps batches and a frozen encoder's features on the devices."""
 
 import collections
 import contextlib
@@ -9,13 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from fetal_flax.data.pipeline import (
-    Batch,
-    DeviceBatches,
-    evaluation_batches,
-    prefetch_to_device,
-)
-from fetal_flax.data.resident import evaluation_plans
+from fetal_flax.data.batch import Batch
+from fetal_flax.data.device_loader import evaluation_recipes
+from fetal_flax.data.host_loader import evaluation_batches
+from fetal_flax.data.prefetch import DeviceBatches, prefetch_to_device
 from fetal_flax.errors import Interrupted
 from fetal_flax.evaluation.head import measure_head
 from fetal_flax.evaluation.metrics import segmentation_metrics
@@ -23,9 +20,9 @@ from fetal_flax.models.functional import Variables
 from fetal_flax.models.unet import Maps
 from fetal_flax.training.distributed import shard
 from fetal_flax.training.interruption import Interruption
-from fetal_flax.training.preparation import Run
-from fetal_flax.training.sharding import batch_sharding, plan_sharding
-from fetal_flax.training.step import encoder_rests
+from fetal_flax.training.setup import Setup
+from fetal_flax.training.sharding import batch_sharding, step_sharding
+from fetal_flax.training.step import encoder_is_static
 
 
 def ellipse_dice(mask: np.ndarray, truth: np.ndarray) -> float:
@@ -42,13 +39,13 @@ class Validation:
     the same to the bit, whether kept or not.
 
     Args:
-        run: The run.
+        setup: The run.
     """
 
-    def __init__(self, run: Run):
-        self._run = run
-        config = run.config
-        self._encodes = config.model.name != "unet" and encoder_rests(config)
+    def __init__(self, setup: Setup):
+        self._setup = setup
+        config = setup.config
+        self._encodes = config.model.name != "unet" and encoder_is_static(config)
         self._kept: list[tuple[Batch, Maps | None]] = []
 
     def measure(
@@ -81,7 +78,10 @@ class Validation:
                     map(ellipse_dice, metrics["predicted"][valid], metrics["annotated"][valid])
                 )
 
-        evaluate, pos_weight = self._run.steps.evaluate, self._run.pos_weight_on_devices
+        evaluate, pos_weight = (
+            self._setup.programs.validation_step,
+            self._setup.pos_weight_on_devices,
+        )
         for batch, maps in self._inputs(variables):
             pending.append(evaluate(variables, pos_weight, batch, maps))
             if len(pending) > 1:
@@ -94,43 +94,43 @@ class Validation:
         return {f"validation_{name}": float(np.mean(v)) for name, v in numbers.items() if v}
 
     def _inputs(self, variables: Variables) -> Iterator[tuple[Batch, Maps | None]]:
-        """Yields the batches with their maps; keeps them once it has yielded all."""
+        """Yields the batches with their features; keeps them once it has yielded all."""
         if self._kept:
-            for batch, maps in self._kept:
-                yield batch, self._encode(variables, batch) if maps is None else maps
+            for batch, features in self._kept:
+                yield batch, self._encode(variables, batch) if features is None else features
             return
         kept = []
         with contextlib.closing(self._open()) as batches:
             for batch in batches:
-                maps = self._encode(variables, batch)
+                features = self._encode(variables, batch)
                 if self._fits(batch):
-                    kept.append((batch, maps if self._fits((batch, maps)) else None))
-                yield batch, maps
+                    kept.append((batch, features if self._fits((batch, features)) else None))
+                yield batch, features
         self._kept = kept
 
     def _encode(self, variables: Variables, batch: Batch) -> Maps | None:
-        return self._run.steps.encode(variables, batch) if self._encodes else None
+        return self._setup.programs.encode_step(variables, batch) if self._encodes else None
 
     def _fits(self, of_a_batch: Any) -> bool:
         """Returns whether the arrays of all batches are few enough to be kept."""
-        config = self._run.config
-        batches = -(-len(self._run.split.validation) // config.schedule.batch_size)
+        config = self._setup.config
+        batches = -(-len(self._setup.split.validation) // config.schedule.batch_size)
         size = sum(array.nbytes for array in jax.tree.leaves(of_a_batch))
-        return batches * size / self._run.mesh.size <= config.data.keep_validation_mb * 1e6
+        return batches * size / self._setup.mesh.size <= config.data.keep_validation_mb * 1e6
 
     def _open(self) -> DeviceBatches[Batch]:
-        run, config = self._run, self._run.config
+        setup, config = self._setup, self._setup.config
         batch_size = config.schedule.batch_size
-        if run.resident is None:
+        if setup.device_dataset is None:
             batches = evaluation_batches(
-                run.dataset,
-                run.split.validation,
+                setup.dataset,
+                setup.split.validation,
                 config.data,
                 channels=config.model.in_channels,
                 batch_size=batch_size,
                 shard=shard(),
             )
-            return prefetch_to_device(batches, batch_sharding(run.mesh))
-        plans = evaluation_plans(run.split.validation, batch_size, shard())
-        take = functools.partial(run.steps.take, run.resident)
-        return prefetch_to_device(plans, plan_sharding(run.mesh), prepare=take)
+            return prefetch_to_device(batches, batch_sharding(setup.mesh))
+        recipes = evaluation_recipes(setup.split.validation, batch_size, shard())
+        gather = functools.partial(setup.programs.gather_batch, setup.device_dataset)
+        return prefetch_to_device(recipes, step_sharding(setup.mesh), prepare=gather)

@@ -14,9 +14,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fetal_flax.config import AugmentationConfig, DataConfig
-from fetal_flax.data import builders, pipeline
+from fetal_flax.data import builders, host_loader, order
 from fetal_flax.data.augmentation import Transform
+from fetal_flax.data.batch import Batch
 from fetal_flax.data.images import resize_image, resize_mask
+from fetal_flax.data.order import split_into_calls
+from fetal_flax.data.prefetch import prefetch_to_device
 from fetal_flax.errors import InputError
 
 SIZE = (32, 64)
@@ -36,13 +39,13 @@ def dataset(config: DataConfig) -> builders.Dataset:
     return builders.open_dataset(config, seed=0)
 
 
-def _train(*arguments, **changes) -> list[pipeline.Batch]:
+def _train(*arguments, **changes) -> list[Batch]:
     return list(_batches(*arguments, **changes))
 
 
 def _batches(
     dataset: builders.Dataset, config: DataConfig, augmentation=MOVING, **changes
-) -> Generator[pipeline.Batch, None, None]:
+) -> Generator[Batch, None, None]:
     arguments: dict[str, Any] = {
         "channels": 1,
         "seed": 0,
@@ -50,17 +53,17 @@ def _batches(
         "total_steps": 9,
         **changes,
     }
-    return pipeline.training_batches(dataset, range(5), config, augmentation, **arguments)
+    return host_loader.training_batches(dataset, range(5), config, augmentation, **arguments)
 
 
-def _assert_equal(a: Iterable[pipeline.Batch], b: Iterable[pipeline.Batch]) -> None:
+def _assert_equal(a: Iterable[Batch], b: Iterable[Batch]) -> None:
     for batch_a, batch_b in zip(a, b, strict=True):
         for field_a, field_b in zip(batch_a, batch_b, strict=True):
             np.testing.assert_array_equal(field_a, field_b)
 
 
-def _order(batches: list[pipeline.Batch]) -> list[int]:
-    return np.concatenate([batch.record for batch in batches]).tolist()
+def _order(batches: list[Batch]) -> list[int]:
+    return np.concatenate([batch.index for batch in batches]).tolist()
 
 
 def test_batches_have_the_promised_shapes(dataset, config):
@@ -68,14 +71,14 @@ def test_batches_have_the_promised_shapes(dataset, config):
     assert (batch.image.shape, batch.image.dtype) == ((2, *SIZE, 3), np.uint8)
     assert (batch.mask.shape, batch.mask.dtype) == ((2, *SIZE, 1), np.uint8)
     assert (batch.valid.tolist(), batch.valid.dtype) == ([True, True], np.bool_)
-    assert (batch.record.shape, batch.record.dtype) == ((2,), np.int32)
+    assert (batch.index.shape, batch.index.dtype) == ((2,), np.int32)
     assert set(np.unique(batch.mask)) == {0, 1}
     np.testing.assert_array_equal(batch.image[..., 0], batch.image[..., 2])
 
 
 def test_unaugmented_batches_hold_the_resized_records(dataset, config):
     for batch in _train(dataset, config, STILL):
-        for image, mask, index in zip(batch.image, batch.mask, batch.record, strict=True):
+        for image, mask, index in zip(batch.image, batch.mask, batch.index, strict=True):
             record = dataset.record(index)
             np.testing.assert_array_equal(image[..., 0], resize_image(record.image, SIZE))
             np.testing.assert_array_equal(mask[..., 0] * 255, resize_mask(record.mask, SIZE))
@@ -114,9 +117,9 @@ def test_resuming_is_exact(dataset, config, start: int):
 )
 def test_stacked_steps_end_at_multiples_and_with_the_epoch(dataset, config, epoch, start, sizes):
     batches = _batches(dataset, config, start_step=start, total_steps=12)
-    stacks = list(pipeline.stack_steps(batches, pipeline.split_into_calls(4, epoch, start, 12)))
-    assert [len(stack.record) for stack in stacks] == sizes
-    single = [jax.tree.map(lambda a, i=i: a[i], s) for s in stacks for i in range(len(s.record))]
+    stacks = list(host_loader.stack_steps(batches, split_into_calls(4, epoch, start, 12)))
+    assert [len(stack.index) for stack in stacks] == sizes
+    single = [jax.tree.map(lambda a, i=i: a[i], s) for s in stacks for i in range(len(s.index))]
     _assert_equal(single, _train(dataset, config, total_steps=12)[start:])
     with pytest.raises(StopIteration):
         next(batches)
@@ -124,7 +127,7 @@ def test_stacked_steps_end_at_multiples_and_with_the_epoch(dataset, config, epoc
 
 def test_stacking_closes_the_batches(dataset, config):
     batches = _batches(dataset, config)
-    stacks = pipeline.stack_steps(batches, pipeline.split_into_calls(4, 8, 0, 8))
+    stacks = host_loader.stack_steps(batches, split_into_calls(4, 8, 0, 8))
     next(stacks)
     stacks.close()
     with pytest.raises(StopIteration):
@@ -144,7 +147,7 @@ def test_seed_changes_order_and_augmentation(dataset, config):
     first, other = _train(dataset, config), _train(dataset, config, seed=1)
     assert _order(first) != _order(other)
     by_record = [
-        {int(r): i for b in batches for i, r in zip(b.image, b.record, strict=True)}
+        {int(r): i for b in batches for i, r in zip(b.image, b.index, strict=True)}
         for batches in (first, other)
     ]
     assert any(np.any(by_record[0][r] != by_record[1][r]) for r in range(5))
@@ -152,13 +155,13 @@ def test_seed_changes_order_and_augmentation(dataset, config):
 
 def test_augmentation_differs_between_epochs_and_records(dataset, config, monkeypatch):
     drawn = []
-    draw = pipeline.draw_transform
+    draw = order.draw_transform
 
     def spy(augmentation, rng) -> Transform:
         drawn.append(draw(augmentation, rng))
         return drawn[-1]
 
-    monkeypatch.setattr(pipeline, "draw_transform", spy)
+    monkeypatch.setattr(order, "draw_transform", spy)
     always = AugmentationConfig(affine_probability=1)
     _train(dataset, config, always, total_steps=20)
     assert len(drawn) == len(set(drawn)) == 40
@@ -186,10 +189,10 @@ def test_impossible_batches(dataset, config):
 def test_evaluation_counts_every_image_once(dataset, config, batch_size: int):
     indices = [5, 0, 3, 1, 2]
     batches = list(
-        pipeline.evaluation_batches(dataset, indices, config, channels=1, batch_size=batch_size)
+        host_loader.evaluation_batches(dataset, indices, config, channels=1, batch_size=batch_size)
     )
     assert {batch.image.shape for batch in batches} == {(batch_size, *SIZE, 1)}
-    records = np.concatenate([batch.record for batch in batches])
+    records = np.concatenate([batch.index for batch in batches])
     valid = np.concatenate([batch.valid for batch in batches])
     assert records[valid].tolist() == indices
     assert np.all(records[~valid] == -1)
@@ -200,7 +203,7 @@ def test_evaluation_counts_every_image_once(dataset, config, batch_size: int):
 
 def test_a_bad_record_is_reported(dataset, config):
     with pytest.raises(ValueError, match="Record key"):
-        list(pipeline.evaluation_batches(dataset, [99], config, channels=1, batch_size=1))
+        list(host_loader.evaluation_batches(dataset, [99], config, channels=1, batch_size=1))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -208,10 +211,10 @@ def test_device_batches_equal_host_batches(dataset, config, workers: int):
     sharding = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
     arguments: dict[str, Any] = {"channels": 1, "seed": 0, "batch_size": 8, "total_steps": 6}
     many = list(range(6)) * 2
-    host = list(pipeline.training_batches(dataset, many, config, STILL, **arguments))
+    host = list(host_loader.training_batches(dataset, many, config, STILL, **arguments))
     config = dataclasses.replace(config, workers=workers)
-    batches = pipeline.prefetch_to_device(
-        pipeline.training_batches(dataset, many, config, STILL, **arguments), sharding, size=2
+    batches = prefetch_to_device(
+        host_loader.training_batches(dataset, many, config, STILL, **arguments), sharding, size=2
     )
     # All are kept: the memory they came from must not be reused under them.
     device = list(batches)
@@ -221,22 +224,22 @@ def test_device_batches_equal_host_batches(dataset, config, workers: int):
     _assert_equal([jax.device_get(batch) for batch in device], host)
 
 
-def _slow(count: int, pulled: list[int]) -> Iterator[pipeline.Batch]:
+def _slow(count: int, pulled: list[int]) -> Iterator[Batch]:
     for i in range(count):
         time.sleep(0.05)
         pulled.append(i)
-        yield pipeline.Batch(
+        yield Batch(
             image=np.full((8, 4, 4, 1), i, np.uint8),
             mask=np.zeros((8, 4, 4, 1), np.uint8),
             valid=np.ones(8, bool),
-            record=np.arange(8, dtype=np.int32),
+            index=np.arange(8, dtype=np.int32),
         )
 
 
 def test_prefetch_runs_ahead_and_counts_the_wait():
     sharding = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
     pulled = []
-    batches = pipeline.prefetch_to_device(_slow(5, pulled), sharding, size=3)
+    batches = prefetch_to_device(_slow(5, pulled), sharding, size=3)
     seen, start = [], time.perf_counter()
     for batch in batches:
         seen.append((int(jax.device_get(batch.image)[0, 0, 0, 0]), len(pulled)))
@@ -249,8 +252,8 @@ def test_closing_ends_the_workers(dataset, config):
     config = dataclasses.replace(config, workers=1)
     arguments: dict[str, Any] = {"channels": 1, "seed": 0, "batch_size": 2, "total_steps": 1000}
     sharding = NamedSharding(jax.make_mesh((1,), ("data",)), PartitionSpec("data"))
-    batches = pipeline.prefetch_to_device(
-        pipeline.training_batches(dataset, range(5), config, STILL, **arguments), sharding
+    batches = prefetch_to_device(
+        host_loader.training_batches(dataset, range(5), config, STILL, **arguments), sharding
     )
     next(batches)
     assert len(multiprocessing.active_children()) == 1
@@ -265,7 +268,7 @@ from fetal_flax.data import builders, pipeline
 
 if __name__ == "__main__":
     config = DataConfig(data_dir=sys.argv[1], cache_dir=sys.argv[2], image_size=(32, 32), workers=2)
-    batches = pipeline.training_batches(
+    batches = host_loader.training_batches(
         builders.open_dataset(config, 0), range(6), config, AugmentationConfig(),
         channels=1, seed=0, batch_size=2, total_steps=50,
     )

@@ -11,7 +11,7 @@ import pytest
 
 from fetal_flax import checkpoints
 from fetal_flax.config import DataConfig, EncoderConfig, ModelConfig, ScheduleConfig, TrainConfig
-from fetal_flax.training import loop
+from fetal_flax.training.run import train
 
 TIMINGS = {"seconds", "images_per_second", "waiting"}
 
@@ -43,7 +43,7 @@ def small_config(tmp_path_factory) -> Callable[..., TrainConfig]:
 @pytest.fixture(scope="session")
 def finished(small_config, tmp_path_factory) -> Path:
     """The workdir of an undisturbed run of two epochs."""
-    return loop.train(small_config(), tmp_path_factory.mktemp("runs") / "finished", profile=True)
+    return train(small_config(), tmp_path_factory.mktemp("runs") / "finished", profile=True)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from fetal_flax import cli
 from fetal_flax.config import TrainConfig
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation.evaluate import evaluate
-from fetal_flax.training import loop
 from fetal_flax.training.cross_validation import cross_validate, with_fold
+from fetal_flax.training.run import train
 
 COUNT, FOLDS = 20, 2
 
@@ -34,7 +34,7 @@ def finished(folds_config, tmp_path_factory) -> tuple[TrainConfig, Path]:
     """The second fold is trained first and alone, as another machine would."""
     config = folds_config()
     workdir = tmp_path_factory.mktemp("runs") / "small-folds"
-    loop.train(with_fold(config, 1), workdir / "fold-1")
+    train(with_fold(config, 1), workdir / "fold-1")
     trained = (workdir / "fold-1" / "metrics.csv").read_bytes()
     cross_validate(config, workdir)
     assert (workdir / "fold-1" / "metrics.csv").read_bytes() == trained

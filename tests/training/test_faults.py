@@ -2,23 +2,33 @@
 
 import dataclasses
 import errno
+import itertools
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fetal_flax import checkpoints, cli
-from fetal_flax.data.pipeline import DeviceBatches, WorkerDiedError
+from fetal_flax.data.host_loader import WorkerDiedError
+from fetal_flax.data.prefetch import DeviceBatches
 from fetal_flax.errors import InputError, Interrupted, RunError
 from fetal_flax.files import locked
-from fetal_flax.training import epochs, loop, preparation
+from fetal_flax.training import epoch, run, setup, workdir
 from fetal_flax.training.distributed import everywhere
+from fetal_flax.training.events import (
+    CallDone,
+    CheckpointBegan,
+    Event,
+    Listener,
+    StepDone,
+    ValidationBegan,
+)
 from fetal_flax.training.interruption import Interruption
-from fetal_flax.training.progress import Logs
-from fetal_flax.training.validation import Validation
+from fetal_flax.training.run import train
 
 
 def at_call(monkeypatch, owner, name: str, number: int, do) -> None:
@@ -38,12 +48,23 @@ def raise_(error: Exception) -> None:
     raise error
 
 
+def at_event(kind: type, number: int, do: Callable[[], None]) -> Listener:
+    """Returns a listener that does something at the n-th event of a kind."""
+    seen = itertools.count(1)
+
+    def listen(event: Event) -> None:
+        if isinstance(event, kind) and next(seen) == number:
+            do()
+
+    return listen
+
+
 # A call does two of an epoch's four steps, and is finished before the signal is seen.
 MOMENTS = {
-    "in the first step": (epochs.Underway, "count", 1, "2"),
-    "in a step": (epochs.Underway, "count", 3, "1000002"),
-    "in validation": (Validation, "measure", 2, "1000004"),
-    "while saving": (epochs.Underway, "save", 1, "1000002"),
+    "in the first step": (CallDone, 1, "2"),
+    "in a step": (CallDone, 3, "1000002"),
+    "in validation": (ValidationBegan, 2, "1000004"),
+    "while saving": (CheckpointBegan, 1, "1000002"),
 }
 
 
@@ -52,28 +73,25 @@ MOMENTS = {
     [*((moment, signal.SIGTERM) for moment in MOMENTS), ("in a step", signal.SIGINT)],
 )
 def test_a_run_that_was_asked_to_stop_goes_on_exactly(
-    moment, number, finished, small_config, tmp_path, monkeypatch, read_rows, same_state
+    moment, number, finished, small_config, tmp_path, read_rows, same_state
 ):
-    owner, name, call, expected = MOMENTS[moment]
+    kind, nth, expected = MOMENTS[moment]
     workdir = tmp_path / "run"
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    with monkeypatch.context() as patched:
-        at_call(patched, owner, name, call, lambda: signal.raise_signal(number))
-        with pytest.raises(Interrupted, match="--resume"):
-            loop.train(small_config(), workdir)
+    stop = at_event(kind, nth, lambda: signal.raise_signal(number))
+    with pytest.raises(Interrupted, match="--resume"):
+        train(small_config(), workdir, listeners=[stop])
     assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     assert (workdir / "checkpoints" / expected).is_dir()
-    loop.train(small_config(), workdir, resume=True)
+    train(small_config(), workdir, resume=True)
     assert read_rows(workdir) == read_rows(finished)
     assert same_state(workdir, finished)
 
 
 def test_a_signal_before_the_first_step_stops_at_once(small_config, tmp_path, monkeypatch):
-    at_call(
-        monkeypatch, preparation, "open_dataset", 1, lambda: signal.raise_signal(signal.SIGTERM)
-    )
+    at_call(monkeypatch, setup, "open_dataset", 1, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted):
-        loop.train(small_config(), tmp_path / "run")
+        train(small_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -88,16 +106,16 @@ def test_the_second_signal_is_not_waited_for():
 
 @pytest.mark.parametrize(("error", "code"), [(Interrupted("a"), 75), (RunError("a"), 1)])
 def test_a_scheduler_can_tell_a_stop_from_a_failure(error, code, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "train", lambda *_, **__: raise_(error))
+    monkeypatch.setattr(run, "train", lambda *_, **__: raise_(error))
     assert cli.main(["train"]) == code
     assert capsys.readouterr().err == "fetal-flax train: a\n"
 
 
 def test_the_same_seed_gives_the_same_bits(finished, small_config, tmp_path, read_rows, same_state):
-    workdir = loop.train(small_config(), tmp_path / "run")
+    workdir = train(small_config(), tmp_path / "run")
     assert read_rows(workdir) == read_rows(finished)
     assert same_state(workdir, finished)
-    other = loop.train(dataclasses.replace(small_config(), seed=1), tmp_path / "other")
+    other = train(dataclasses.replace(small_config(), seed=1), tmp_path / "other")
     assert not same_state(other, finished)
 
 
@@ -106,22 +124,21 @@ def test_a_workdir_in_use_is_named(small_config, tmp_path):
         locked(tmp_path / "run" / ".lock", wait=False),
         pytest.raises(InputError, match=rf"in use by process {os.getpid()}"),
     ):
-        loop.train(small_config(), tmp_path / "run")
+        train(small_config(), tmp_path / "run")
 
 
 def test_a_workdir_that_cannot_be_made_is_named(small_config, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--workdir"):
-        loop.train(small_config(), tmp_path / "file" / "run")
+        train(small_config(), tmp_path / "file" / "run")
 
 
-def test_a_full_disk_loses_nothing(finished, small_config, tmp_path, monkeypatch, read_rows):
+def test_a_full_disk_loses_nothing(finished, small_config, tmp_path, read_rows):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with monkeypatch.context() as patched:
-        at_call(patched, Logs, "step", 6, lambda: raise_(full))
-        with pytest.raises(RunError, match=r"No space left.*--resume"):
-            loop.train(small_config(), tmp_path / "run")
-    loop.train(small_config(), tmp_path / "run", resume=True)
+    disk = at_event(StepDone, 6, lambda: raise_(full))
+    with pytest.raises(RunError, match=r"No space left.*--resume"):
+        train(small_config(), tmp_path / "run", listeners=[disk])
+    train(small_config(), tmp_path / "run", resume=True)
     assert read_rows(tmp_path / "run") == read_rows(finished)
 
 
@@ -131,11 +148,11 @@ def test_dead_data_workers_are_replaced_once_per_step(
     dead = WorkerDiedError("killed")
     with monkeypatch.context() as patched:
         at_call(patched, DeviceBatches, "__next__", 3, lambda: raise_(dead))
-        loop.train(small_config(), tmp_path / "once")
+        train(small_config(), tmp_path / "once")
     assert read_rows(tmp_path / "once") == read_rows(finished)
-    monkeypatch.setattr(epochs, "prefetch_to_device", lambda *_, **__: raise_(dead))
+    monkeypatch.setattr(epoch, "prefetch_to_device", lambda *_, **__: raise_(dead))
     with pytest.raises(RunError, match=r"--data\.workers 0"):
-        loop.train(small_config(), tmp_path / "ever")
+        train(small_config(), tmp_path / "ever")
 
 
 def diverging(config):
@@ -149,7 +166,7 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it(small_config, tmp_pat
     config = diverging(small_config())
     for resume in (False, True):
         with pytest.raises(RunError, match=r"step 2 are not finite.*phantom_0000"):
-            loop.train(config, workdir, resume=resume)
+            train(config, workdir, resume=resume)
     batch = np.load(workdir / "non_finite" / "step_2.npz")
     assert batch["image"].shape == (8, 32, 32, 1)
     assert set(batch["name"]) < {f"phantom_{index:06d}" for index in range(45)}
@@ -161,7 +178,7 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it(small_config, tmp_pat
 def test_steps_that_are_not_finite_can_be_skipped(small_config, tmp_path, read_rows, monkeypatch):
     config = diverging(small_config(non_finite="skip"))
     with pytest.raises(RunError, match="no step of epoch 2"):
-        loop.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     (row,) = read_rows(tmp_path / "run")
     assert row["skipped"] == "3"
 
@@ -174,7 +191,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     for file in (workdir / "checkpoints" / "2000000").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-1])
-    loop.train(small_config(), workdir, resume=True)
+    train(small_config(), workdir, resume=True)
     assert "2000000 is damaged" in capsys.readouterr().out.replace("\n", "")
     assert (workdir / "damaged" / "2000000").is_dir()
     assert read_rows(workdir) == read_rows(finished)
@@ -189,7 +206,7 @@ def test_without_a_whole_checkpoint_nothing_is_overwritten(finished, small_confi
             file.write_bytes(b"")
     before = sorted((workdir / "checkpoints").rglob("*"))
     with pytest.raises(InputError, match="damaged"):
-        loop.train(small_config(), workdir, resume=True)
+        train(small_config(), workdir, resume=True)
     assert sorted((workdir / "checkpoints").rglob("*")) == before
 
 
@@ -214,8 +231,8 @@ def test_a_disk_full_at_the_first_write_leaves_a_workdir_to_begin_in(
     small_config, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patched:
-        at_call(patched, loop, "write_atomically", 1, lambda: raise_(InputError("disk full")))
+        at_call(patched, workdir, "write_atomically", 1, lambda: raise_(InputError("disk full")))
         with pytest.raises(InputError, match="disk full"):
-            loop.train(small_config(epochs=1), tmp_path / "run")
+            train(small_config(epochs=1), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    loop.train(small_config(epochs=1), tmp_path / "run")
+    train(small_config(epochs=1), tmp_path / "run")

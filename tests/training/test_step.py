@@ -20,20 +20,14 @@ from fetal_flax.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from fetal_flax.data.batch import Batch
 from fetal_flax.data.photometric import UNCHANGED
-from fetal_flax.data.pipeline import Batch
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 from fetal_flax.training import losses
+from fetal_flax.training.compile import Programs, create_programs, create_state
 from fetal_flax.training.sharding import create_mesh, replicated
-from fetal_flax.training.step import (
-    Steps,
-    TrainState,
-    create_state,
-    create_steps,
-    initial_state,
-    network_of,
-)
+from fetal_flax.training.step import TrainState, initial_state, network_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -76,11 +70,11 @@ def _train(
     config: TrainConfig, batches: list[Batch], *, devices: int = 1, dtype: Any = jnp.float32
 ) -> Run:
     mesh = create_mesh(jax.devices()[:devices])
-    steps = create_steps(config, mesh)
+    steps = create_programs(config, mesh)
     state = create_state(config, _variables(config, dtype), mesh)
     metrics = []
     for batch in batches:
-        state, numbers = steps.train(state, POS_WEIGHT, batch)
+        state, numbers = steps.train_step(state, POS_WEIGHT, batch)
         metrics.append({name: float(number) for name, number in numbers.items()})
     return Run(state, metrics)
 
@@ -100,9 +94,9 @@ def _assert_identical(ours: dict, theirs: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def unet() -> tuple[Mesh, Steps]:
+def unet() -> tuple[Mesh, Programs]:
     mesh = create_mesh(jax.devices()[:2])
-    return mesh, create_steps(UNET, mesh)
+    return mesh, create_programs(UNET, mesh)
 
 
 def _assert_devices_agree_in_float64(
@@ -156,13 +150,15 @@ def test_a_step_is_traced_once_whatever_the_learning_rate_and_pos_weight(monkeyp
 
     monkeypatch.setattr(functional, "apply", record)
     mesh = create_mesh(jax.devices()[:2])
-    steps = create_steps(UNET, mesh)
+    steps = create_programs(UNET, mesh)
     state = create_state(UNET, _variables(UNET), mesh)
     for rate, weight in ((3e-3, 1.0), (1e-3, 2.3), (1e-4, 200.0)):
         rates = {"main": jax.device_put(jnp.asarray(rate, jnp.float32), replicated(mesh))}
-        state, _ = steps.train(state._replace(learning_rates=rates), weight, make_batch(4, 16, 16))
+        state, _ = steps.train_step(
+            state._replace(learning_rates=rates), weight, make_batch(4, 16, 16)
+        )
         variables = Variables(state.params, state.batch_stats)
-        steps.evaluate(variables, weight, make_batch(4, 16, 16, seed=1), None)
+        steps.validation_step(variables, weight, make_batch(4, 16, 16, seed=1), None)
     assert sorted(traced) == [False, True]
     assert int(state.step) == 3
 
@@ -172,7 +168,7 @@ def test_a_step_consumes_its_state_and_leaves_the_variables_alone(unet, make_bat
     variables = _variables(UNET)
     before = _host(variables)
     state = create_state(UNET, variables, mesh)
-    steps.train(state, POS_WEIGHT, make_batch(2, 16, 16))
+    steps.train_step(state, POS_WEIGHT, make_batch(2, 16, 16))
     assert all(array.is_deleted() for array in state.params.values())
     assert all(array.is_deleted() for array in state.batch_stats.values())
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
@@ -185,7 +181,7 @@ def test_loss_falls_on_a_fixed_batch(unet, make_batch):
     mesh, steps = unet
     state, falling = create_state(UNET, _variables(UNET), mesh), []
     for _ in range(5):
-        state, metrics = steps.train(state, POS_WEIGHT, make_batch(2, 16, 16))
+        state, metrics = steps.train_step(state, POS_WEIGHT, make_batch(2, 16, 16))
         falling.append(float(metrics["loss"]))
     assert falling == sorted(falling, reverse=True)
     assert falling[-1] < 0.95 * falling[0]
@@ -205,11 +201,11 @@ def test_metrics_and_statistics_are_those_of_the_batch(unet, train, make_batch):
     )
     dice = losses.hard_dice(logits, masks)
     if train:
-        state, metrics = steps.train(create_state(UNET, variables, mesh), POS_WEIGHT, batch)
+        state, metrics = steps.train_step(create_state(UNET, variables, mesh), POS_WEIGHT, batch)
         _assert_near(state.batch_stats, batch_stats, 1e-4)
         dice = dice.mean()
     else:
-        metrics = steps.evaluate(variables, POS_WEIGHT, batch, None)
+        metrics = steps.validation_step(variables, POS_WEIGHT, batch, None)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["dice"], dice, rtol=1e-5)
 
@@ -224,8 +220,8 @@ def test_padded_rows_of_an_evaluation_batch_change_nothing(unet, make_batch):
             np.array([True, True, False, False]),
             np.array([0, 1, -1, -1], np.int32),
         )
-        results.append(_host(steps.evaluate(variables, POS_WEIGHT, padded, None)))
-    alone = steps.evaluate(variables, POS_WEIGHT, batch, None)
+        results.append(_host(steps.validation_step(variables, POS_WEIGHT, padded, None)))
+    alone = steps.validation_step(variables, POS_WEIGHT, batch, None)
     for result in results:
         np.testing.assert_allclose(result["loss"], alone["loss"], rtol=1e-6)
         np.testing.assert_allclose(result["dice"][:2], alone["dice"], rtol=1e-6)
@@ -249,10 +245,10 @@ def _steps_with_encoder(
         variables.params[name] = array.at[..., 0].set(-0.0)
     before = _host(variables)
     mesh = create_mesh(jax.devices()[:1])
-    steps = create_steps(config, mesh)
+    steps = create_programs(config, mesh)
     state = create_state(config, variables, mesh)
     for seed in range(2):
-        state, _ = steps.train(state, POS_WEIGHT, make_batch(2, 32, 32, seed))
+        state, _ = steps.train_step(state, POS_WEIGHT, make_batch(2, 32, 32, seed))
     return before, _host(state)
 
 
@@ -295,12 +291,12 @@ def test_a_trainable_encoder_learns_at_its_own_rate(make_batch):
 def test_every_step_drops_out_differently_and_a_repeat_the_same(make_batch):
     config = TrainConfig(optimizer=OptimizerConfig(learning_rate=1e-30))
     mesh = create_mesh(jax.devices()[:1])
-    steps, variables = create_steps(config, mesh), _variables(config)
+    steps, variables = create_programs(config, mesh), _variables(config)
     runs = []
     for _ in range(2):
         state, runs = create_state(config, variables, mesh), [*runs, []]
         for _ in range(2):
-            state, metrics = steps.train(state, POS_WEIGHT, make_batch(2, 32, 32))
+            state, metrics = steps.train_step(state, POS_WEIGHT, make_batch(2, 32, 32))
             runs[-1].append(float(metrics["loss"]))
     assert runs[0] == runs[1]
     assert runs[0][0] != runs[0][1]
@@ -322,7 +318,9 @@ def test_a_loop_runs_every_convolution_of_a_step_fast(trainable, make_batch):
     state = jax.eval_shape(
         functools.partial(initial_state, config), functional.shapes(config.model)
     )
-    lowered = create_steps(config, mesh).train.lower(state, POS_WEIGHT, make_batch(2, 256, 256))
+    lowered = create_programs(config, mesh).train_step.lower(
+        state, POS_WEIGHT, make_batch(2, 256, 256)
+    )
     found = re.findall(r"stablehlo.convolution\(.*", lowered.as_text())
     assert len(found) > 60
     for line in found:
@@ -335,10 +333,10 @@ def test_averages_are_moving_means_of_what_learns(make_batch):
     schedule = ScheduleConfig(average_decay=0.2)
     config = dataclasses.replace(UNET, schedule=schedule)
     mesh = create_mesh(jax.devices()[:2])
-    steps, state = create_steps(config, mesh), create_state(config, _variables(config), mesh)
+    steps, state = create_programs(config, mesh), create_state(config, _variables(config), mesh)
     average = _host(state.params | state.batch_stats)
     for step in range(4):
-        state, _ = steps.train(state, POS_WEIGHT, make_batch(4, 16, 16, seed=step))
+        state, _ = steps.train_step(state, POS_WEIGHT, make_batch(4, 16, 16, seed=step))
         decay = min(0.2, (1 + step) / (10 + step))
         now = _host(state.params | state.batch_stats)
         average = {name: decay * average[name] + (1 - decay) * now[name] for name in now}
@@ -372,12 +370,14 @@ def test_rates_follow_the_cosine_step_by_step(make_batch):
     config = dataclasses.replace(UNET, schedule=schedule)
     mesh = create_mesh(jax.devices()[:1])
     batch = make_batch(4, 16, 16)
-    plain = create_steps(UNET, mesh).train(create_state(UNET, _variables(UNET), mesh), 1.0, batch)
-    steps = create_steps(config, mesh, steps_per_epoch=4)
-    state, _ = steps.train(create_state(config, _variables(config), mesh), 1.0, batch)
+    plain, _ = create_programs(UNET, mesh).train_step(
+        create_state(UNET, _variables(UNET), mesh), 1.0, batch
+    )
+    steps = create_programs(config, mesh, steps_per_epoch=4)
+    state, _ = steps.train_step(create_state(config, _variables(config), mesh), 1.0, batch)
     before = _host(_variables(UNET).params)
     for name, array in before.items():
-        whole, part = np.asarray(plain[0].params[name]) - array, np.asarray(state.params[name])
+        whole, part = np.asarray(plain.params[name]) - array, np.asarray(state.params[name])
         np.testing.assert_allclose(part - array, whole / 5, atol=2e-7)
 
 

@@ -7,33 +7,34 @@ import numpy as np
 import pytest
 
 from fetal_flax.config import EncoderConfig, ModelConfig, TrainConfig
+from fetal_flax.data.batch import Batch
 from fetal_flax.data.builders import Dataset
-from fetal_flax.data.pipeline import Batch
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
-from fetal_flax.training.preparation import Run, prepare
+from fetal_flax.training.setup import Setup, prepare
 from fetal_flax.training.validation import Validation
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 NO_WEIGHTS = EncoderConfig(weights="none")
 
 
-def with_encoder(config: TrainConfig, keep_mb: int, encoder: EncoderConfig = NO_WEIGHTS) -> Run:
+def with_encoder(config: TrainConfig, keep_mb: int, encoder: EncoderConfig = NO_WEIGHTS) -> Setup:
     """A run whose validation images take 0.1 MB on each of eight devices, their maps 1 MB."""
     data = dataclasses.replace(config.data, image_size=(128, 128), keep_validation_mb=keep_mb)
     model = ModelConfig(name="mobilenet_unet")
     return prepare(dataclasses.replace(config, model=model, encoder=encoder, data=data))
 
 
-def counted(run: Run) -> tuple[Run, list[Batch]]:
+def counted(run: Setup) -> tuple[Setup, list[Batch]]:
     """The run, and the batches that its encoder is given."""
     encoded: list[Batch] = []
 
     def encode(variables, batch):
         encoded.append(batch)
-        return run.steps.encode(variables, batch)
+        return run.programs.encode_step(variables, batch)
 
-    return dataclasses.replace(run, steps=run.steps._replace(encode=encode)), encoded
+    programs = run.programs._replace(encode_step=encode)
+    return dataclasses.replace(run, programs=programs), encoded
 
 
 def learned(variables: Variables, *, encoder: bool) -> Variables:

@@ -1,62 +1,38 @@
-"""The data set in the devices' own memory: shuffled, varied and batched without the host.
+"""Batches from the devices' own memory: shuffled, varied and gathered without the host.
 
 HC18 at 256×256 is 131 MB as uint8. Once there, an epoch needs nothing from the host but which
 image stands where and how it is warped, a few kilobytes, so nothing can wait for data. Order and
-augmentation are those of the host's pipeline (`TrainingOrder`), drawn by the same code; the warp
-agrees with albumentations' to a grey level (tests/data/test_resident.py).
+augmentation are those of the host's loader (`TrainingOrder`), drawn by the same code; the warp
+agrees with albumentations' to a grey level (tests/data/test_device_loader.py).
 """
 
 import concurrent.futures
 import functools
 from collections.abc import Generator, Iterable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
-from jaxtyping import Array, Float32, Int32, Int64, UInt8
+from jaxtyping import Array, Float32, Int64, UInt8
 
 from fetal_flax.data.augmentation import sampling_matrix
+from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset
 from fetal_flax.data.builders import Dataset
 from fetal_flax.data.images import network_mask, resize_image
+from fetal_flax.data.order import TrainingOrder, shard_rows
 from fetal_flax.data.photometric import Photometric
-from fetal_flax.data.pipeline import (
-    Batch,
-    HostOrDevice,
-    TrainingOrder,
-    shard_rows,
-)
 from fetal_flax.data.workers import available_cpus
 
 
-class Resident(NamedTuple):
-    """A data set's images at the network's size, on every device."""
-
-    image: UInt8[Array, "records height width"]
-    mask: UInt8[Array, "records height width"]
-    """As in `Batch`."""
-
-
-class Plan(NamedTuple):
-    """What the rows of some steps hold."""
-
-    record: Int32[HostOrDevice, "steps batch"]
-    """Index in the data set; -1 where padded."""
-    matrix: Float32[HostOrDevice, "steps batch 2 3"]
-    """From a pixel of the batch to where in the image it is taken from: `sampling_matrix`."""
-    photometric: Photometric | None = None
-    """How the step varies grey levels, where it does; its arrays are "steps batch"."""
-
-
-def load_resident(
+def load_device_dataset(
     dataset: Dataset,
     size: tuple[int, int],
     sharding: jax.sharding.Sharding,
     *,
     soft_masks: bool = False,
-) -> Resident:
-    """Reads a data set, resizes it as the host's pipeline does, and puts it on the devices.
+) -> DeviceDataset:
+    """Reads a data set, resizes it as the host's loader does, and puts it on the devices.
 
     Args:
         dataset: The data set.
@@ -73,21 +49,21 @@ def load_resident(
     with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
         images, masks = zip(*pool.map(load, range(len(dataset))), strict=True)
     arrays = np.stack(images), np.stack(masks)
-    return Resident(*(jax.make_array_from_process_local_data(sharding, a) for a in arrays))
+    return DeviceDataset(*(jax.make_array_from_process_local_data(sharding, a) for a in arrays))
 
 
-def resident_foreground_pixels(resident: Resident) -> Int64[np.ndarray, " records"]:
+def device_foreground_pixels(dataset: DeviceDataset) -> Int64[np.ndarray, " records"]:
     """Returns what `foreground_pixels` counts, from the images that are there."""
-    return np.asarray(resident.mask.sum((1, 2), dtype=jnp.int32)).astype(np.int64)
+    return np.asarray(dataset.mask.sum((1, 2), dtype=jnp.int32)).astype(np.int64)
 
 
-def training_plans(
+def training_recipes(
     order: TrainingOrder,
     size: tuple[int, int],
     calls: Iterable[range],
     shard: tuple[int, int] = (0, 1),
-) -> Generator[Plan, None, None]:
-    """Yields the plans of calls of several steps.
+) -> Generator[BatchRecipe, None, None]:
+    """Yields the recipes of calls of several steps.
 
     Args:
         order: Which image stands where.
@@ -98,7 +74,7 @@ def training_plans(
     """
     rows = shard_rows(order.batch_size, shard)
     for call in calls:
-        records, transforms = zip(
+        indices, transforms = zip(
             *(order.sample(step, row) for step in call for row in rows), strict=True
         )
         matrices = np.stack([sampling_matrix(transform, size) for transform in transforms])
@@ -108,48 +84,51 @@ def training_plans(
             photometric = Photometric(
                 *(np.stack(values).reshape(-1, len(rows)) for values in zip(*parts, strict=True))
             )
-        yield Plan(
-            np.array(records, np.int32).reshape(-1, len(rows)),
+        yield BatchRecipe(
+            np.array(indices, np.int32).reshape(-1, len(rows)),
             matrices.astype(np.float32).reshape(-1, len(rows), 2, 3),
             photometric,
         )
 
 
-def evaluation_plans(
+def evaluation_recipes(
     indices: Sequence[int], batch_size: int, shard: tuple[int, int] = (0, 1)
-) -> Generator[Plan, None, None]:
-    """Yields plans of one step each that take every record of `indices` once, as it is, in order.
+) -> Generator[BatchRecipe, None, None]:
+    """Yields recipes of one step each that take every record of `indices` once, as it is, in order.
 
-    `shard` is that of `training_plans`.
+    `shard` is that of `training_recipes`.
     """
     rows = shard_rows(batch_size, shard)
     for start in range(0, len(indices), batch_size):
-        record = np.full((1, batch_size), -1, np.int32)
+        whole = np.full((1, batch_size), -1, np.int32)
         taken = indices[start : start + batch_size]
-        record[0, : len(taken)] = taken
-        record = record[:, rows.start : rows.stop]
-        yield Plan(record, np.broadcast_to(np.eye(2, 3, dtype=np.float32), (*record.shape, 2, 3)))
+        whole[0, : len(taken)] = taken
+        own = whole[:, rows.start : rows.stop]
+        unmoved = np.broadcast_to(np.eye(2, 3, dtype=np.float32), (*own.shape, 2, 3))
+        yield BatchRecipe(own, unmoved)
 
 
-def take_batch(resident: Resident, step: Plan, channels: int, *, soft_masks: bool = False) -> Batch:
+def gather_batch(
+    dataset: DeviceDataset, recipe: BatchRecipe, channels: int, *, soft_masks: bool = False
+) -> Batch:
     """Returns the batch of one step; a pure function for use under jit.
 
     Args:
-        resident: The images.
-        step: One step's row of a plan, without the leading axis.
+        dataset: The images.
+        recipe: One step's, without the leading axis.
         channels: Channels of the images; grey is repeated.
         soft_masks: The setting `data.soft_masks`.
     """
-    record = jnp.asarray(step.record)
+    index = jnp.asarray(recipe.indices)
     image, mask = jax.vmap(functools.partial(_warp, soft=soft_masks))(
-        resident.image[record], resident.mask[record], jnp.asarray(step.matrix)
+        dataset.image[index], dataset.mask[index], jnp.asarray(recipe.affine)
     )
     return Batch(
         image=jnp.repeat(image[..., None], channels, axis=-1),
         mask=mask[..., None],
-        valid=record >= 0,
-        record=record,
-        photometric=step.photometric,
+        valid=index >= 0,
+        index=index,
+        photometric=recipe.photometric,
     )
 
 

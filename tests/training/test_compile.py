@@ -5,9 +5,9 @@ import pytest
 
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
-from fetal_flax.training import loop
-from fetal_flax.training.preparation import prepare
-from fetal_flax.training.startup import AheadOfTime
+from fetal_flax.training.compile import BackgroundCompilation
+from fetal_flax.training.run import train
+from fetal_flax.training.setup import prepare
 
 
 def test_a_run_traces_its_training_step_once_and_ahead_of_time(small_config, tmp_path, monkeypatch):
@@ -19,11 +19,11 @@ def test_a_run_traces_its_training_step_once_and_ahead_of_time(small_config, tmp
         return apply(*arguments, **keywords)
 
     monkeypatch.setattr(functional, "apply", counted)
-    run = prepare(small_config())
-    assert isinstance(run.train_step.compiled, jax.stages.Compiled)
-    assert run.train_step.seconds > 0
+    setup = prepare(small_config())
+    assert isinstance(setup.compiled_chunk.compiled, jax.stages.Compiled)
+    assert setup.compiled_chunk.seconds > 0
     assert len(traced) == 1
-    loop.train(small_config(epochs=1), tmp_path / "run")
+    train(small_config(epochs=1), tmp_path / "run")
     assert len(traced) == 2
 
 
@@ -31,6 +31,6 @@ def test_what_is_wrong_with_a_step_is_said_where_it_is_called():
     def refuse() -> jax.stages.Compiled:
         raise InputError("images don't fit")
 
-    step = AheadOfTime(refuse)
+    step = BackgroundCompilation(refuse)
     with pytest.raises(InputError, match="don't fit"):
         step()

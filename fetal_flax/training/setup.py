@@ -1,4 +1,4 @@
-"""Everything that is settled before a run's first step."""
+"""What is settled before a run's first step: data, split, weights, programs."""
 
 import dataclasses
 import functools
@@ -15,41 +15,56 @@ from fetal_flax.checkpoints import Description
 from fetal_flax.config import TrainConfig, to_dict
 from fetal_flax.conversion.encoder_weights import load_encoder
 from fetal_flax.data import splits
+from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset
 from fetal_flax.data.builders import Dataset, open_dataset
+from fetal_flax.data.device_loader import device_foreground_pixels, load_device_dataset
 from fetal_flax.data.foreground import foreground_pixels
-from fetal_flax.data.pipeline import steps_per_epoch
-from fetal_flax.data.resident import Resident, load_resident, resident_foreground_pixels
+from fetal_flax.data.order import steps_per_epoch
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
+from fetal_flax.training.compile import (
+    BackgroundCompilation,
+    Programs,
+    compile_train_chunk,
+    create_programs,
+)
 from fetal_flax.training.sharding import check_batch_size, create_mesh, replicate, replicated
-from fetal_flax.training.startup import AheadOfTime, compile_train_step
-from fetal_flax.training.step import Steps, create_steps
+from fetal_flax.training.step import Metrics, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """Everything that is settled before the first step."""
+class Setup:
+    """What never changes in a run."""
 
     config: TrainConfig
     dataset: Dataset
     split: splits.Split
     pos_weight: float
     mesh: jax.sharding.Mesh
-    steps: Steps
-    train_step: AheadOfTime
-    """`steps.train_several`, or `steps.train_resident` where the images are on the devices."""
+    programs: Programs
+    compiled_chunk: BackgroundCompilation
+    """`programs.train_chunk` for `steps_per_call` steps."""
     steps_per_epoch: int
-    steps_per_dispatch: int
-    """Steps that a call of `train_step` does."""
+    steps_per_call: int
+    """Training steps of a call, at most."""
     variables: Variables
-    resident: Resident | None
+    """What the run begins with."""
+    device_dataset: DeviceDataset | None
     """The images, where they are on the devices."""
 
     @functools.cached_property
     def pos_weight_on_devices(self) -> jax.Array:
         """`pos_weight` as the steps take it."""
         return replicate(np.float32(self.pos_weight), self.mesh)
+
+    def train_chunk(
+        self, state: TrainState, items: Batch | BatchRecipe
+    ) -> tuple[TrainState, Metrics]:
+        """Does the steps of a call; in an epoch's first and last they may be fewer than usual."""
+        whole = len(jax.tree.leaves(items)[0]) == self.steps_per_call
+        chunk = self.compiled_chunk if whole else self.programs.train_chunk
+        return chunk(state, self.pos_weight_on_devices, self.device_dataset, items)
 
     def description(self, progress: dict[str, Any]) -> Description:
         """Returns what the run's checkpoints say of themselves."""
@@ -62,7 +77,7 @@ class Run:
         )
 
 
-def prepare(config: TrainConfig) -> Run:
+def prepare(config: TrainConfig) -> Setup:
     """Loads weights and data, splits, and builds the steps; nothing is written but caches.
 
     Raises:
@@ -75,15 +90,13 @@ def prepare(config: TrainConfig) -> Run:
     dataset = open_dataset(config.data, config.seed)
     split = splits.split(dataset.names, dataset.examinations, **split_method(config))
     epoch_steps = steps_per_epoch(len(split.train), config.schedule.batch_size)
-    dispatch_steps = _steps_per_dispatch(config, mesh, epoch_steps)
-    steps = create_steps(config, mesh, steps_per_epoch=epoch_steps)
+    call_steps = _steps_per_call(config, mesh, epoch_steps)
+    programs = create_programs(config, mesh, steps_per_epoch=epoch_steps)
     # All that follows happens while a thread compiles.
-    train_step = compile_train_step(
-        config, steps, records=len(dataset), steps_per_dispatch=dispatch_steps
-    )
-    resident = None
+    compiled = compile_train_chunk(config, programs, records=len(dataset), steps=call_steps)
+    device_dataset = None
     if config.data.backend == "device":
-        resident = load_resident(
+        device_dataset = load_device_dataset(
             dataset, config.data.image_size, replicated(mesh), soft_masks=config.data.soft_masks
         )
     pos_weight = config.loss.pos_weight
@@ -91,23 +104,23 @@ def prepare(config: TrainConfig) -> Run:
         # Of whole pixels: soft masks and hard ones are weighted alike.
         pixels = (
             foreground_pixels(dataset, config.data.image_size)
-            if resident is None or config.data.soft_masks
-            else resident_foreground_pixels(resident)
+            if device_dataset is None or config.data.soft_masks
+            else device_foreground_pixels(device_dataset)
         )
         foreground = pixels[list(split.train)].mean() / math.prod(config.data.image_size)
         pos_weight = (1 - foreground) / foreground
-    return Run(
+    return Setup(
         config=config,
         dataset=dataset,
         split=split,
         pos_weight=float(pos_weight),
         mesh=mesh,
-        steps=steps,
-        train_step=train_step,
+        programs=programs,
+        compiled_chunk=compiled,
         steps_per_epoch=epoch_steps,
-        steps_per_dispatch=dispatch_steps,
+        steps_per_call=call_steps,
         variables=initial(),
-        resident=resident,
+        device_dataset=device_dataset,
     )
 
 
@@ -140,15 +153,16 @@ def _initial_variables(config: TrainConfig, cache_dir: Path) -> Callable[[], Var
     return lambda: variables
 
 
-def describe(run: Run) -> str:
+def describe(setup: Setup) -> str:
     """Returns the run in three lines: network, data, devices."""
-    config, split = run.config, run.split
+    config, split = setup.config, setup.split
     encoder = "trainable" if config.encoder.trainable else "frozen"
     weights = {"none": "random weights"}.get(config.encoder.weights, config.encoder.weights)
     weights = weights if config.init == "none" else config.init
     of_encoder = "" if config.model.name == "unet" else f", {encoder} encoder from {weights}"
     examinations = [
-        len({run.dataset.examinations[i] for i in side}) for side in (split.train, split.validation)
+        len({setup.dataset.examinations[i] for i in side})
+        for side in (split.train, split.validation)
     ]
     device = jax.devices()[0]
     proposed = config.model.name == "mobilenet_aspp_se_unet"
@@ -157,13 +171,13 @@ def describe(run: Run) -> str:
         f"{config.model.name}{variant}{of_encoder}\n"
         f"{len(split.train)} training images of {examinations[0]} examinations, "
         f"{len(split.validation)} validation images of {examinations[1]}, "
-        f"pos_weight {run.pos_weight:.3f}\n"
-        f"{run.mesh.size} x {device.device_kind} ({device.platform}), "
-        f"batch {config.schedule.batch_size}, {run.steps_per_epoch} steps per epoch"
+        f"pos_weight {setup.pos_weight:.3f}\n"
+        f"{setup.mesh.size} x {device.device_kind} ({device.platform}), "
+        f"batch {config.schedule.batch_size}, {setup.steps_per_epoch} steps per epoch"
     )
 
 
-def _steps_per_dispatch(config: TrainConfig, mesh: jax.sharding.Mesh, epoch_steps: int) -> int:
+def _steps_per_call(config: TrainConfig, mesh: jax.sharding.Mesh, epoch_steps: int) -> int:
     """Returns how many training steps a call does, at most."""
     if mesh.devices.flat[0].platform == "cpu":
         # In a call's second step, the memory of the first is there: the system need not clear it.

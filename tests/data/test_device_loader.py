@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,19 +7,19 @@ import numpy as np
 import pytest
 
 from fetal_flax.config import AugmentationConfig, DataConfig
-from fetal_flax.data import builders, hc18, pipeline
+from fetal_flax.data import builders, hc18, host_loader
 from fetal_flax.data.augmentation import Transform, apply_transform, draw_transform, sampling_matrix
+from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset
+from fetal_flax.data.device_loader import (
+    device_foreground_pixels,
+    evaluation_recipes,
+    gather_batch,
+    load_device_dataset,
+    training_recipes,
+)
 from fetal_flax.data.foreground import foreground_pixels
 from fetal_flax.data.images import resize_image, resize_mask
-from fetal_flax.data.resident import (
-    Plan,
-    Resident,
-    evaluation_plans,
-    load_resident,
-    resident_foreground_pixels,
-    take_batch,
-    training_plans,
-)
+from fetal_flax.data.order import TrainingOrder, split_into_calls
 from fetal_flax.training.sharding import create_mesh, replicated
 
 SIZE = (64, 96)
@@ -32,23 +33,23 @@ def dataset(tiny_hc18, tmp_path) -> builders.Dataset:
 
 
 @pytest.fixture
-def resident(dataset) -> Resident:
-    return load_resident(dataset, SIZE, replicated(create_mesh()))
+def resident(dataset) -> DeviceDataset:
+    return load_device_dataset(dataset, SIZE, replicated(create_mesh()))
 
 
-take = jax.jit(take_batch, static_argnames=("channels", "soft_masks"))
+take = jax.jit(gather_batch, static_argnames=("channels", "soft_masks"))
 
 
 def batches(
-    resident: Resident, plans, channels: int = 1, *, soft_masks: bool = False
-) -> list[pipeline.Batch]:
-    def row(plan: Plan, step: int) -> Plan:
-        return jax.tree.map(lambda array: array[step], plan)
+    resident: DeviceDataset, recipes, channels: int = 1, *, soft_masks: bool = False
+) -> list[Batch]:
+    def row(recipe: BatchRecipe, step: int) -> BatchRecipe:
+        return jax.tree.map(lambda array: array[step], recipe)
 
     return [
-        jax.device_get(take(resident, row(plan, step), channels, soft_masks=soft_masks))
-        for plan in plans
-        for step in range(len(plan.record))
+        jax.device_get(take(resident, row(recipe, step), channels, soft_masks=soft_masks))
+        for recipe in recipes
+        for step in range(len(recipe.indices))
     ]
 
 
@@ -62,7 +63,7 @@ def test_the_devices_hold_the_resized_records(dataset, resident):
 
 
 def test_foreground_is_what_the_host_counts(dataset, resident):
-    counts = resident_foreground_pixels(resident)
+    counts = device_foreground_pixels(resident)
     np.testing.assert_array_equal(counts, foreground_pixels(dataset, SIZE))
 
 
@@ -72,13 +73,13 @@ def test_batches_are_those_of_the_host(dataset, resident, augmentation, channels
     """Ten steps are five epochs: two whole batches of two, the fifth image sits out."""
     config = DataConfig(image_size=SIZE, workers=0)
     flags = {"channels": channels, "seed": 3, "batch_size": 2, "total_steps": 10}
-    hosts = list(pipeline.training_batches(dataset, range(5), config, augmentation, **flags))
-    order = pipeline.TrainingOrder(tuple(range(5)), augmentation, seed=3, batch_size=2)
-    plans = training_plans(order, SIZE, pipeline.split_into_calls(2, 2, 0, 10))
-    ours = batches(resident, plans, channels)
+    hosts = list(host_loader.training_batches(dataset, range(5), config, augmentation, **flags))
+    order = TrainingOrder(tuple(range(5)), augmentation, seed=3, batch_size=2)
+    recipes = training_recipes(order, SIZE, split_into_calls(2, 2, 0, 10))
+    ours = batches(resident, recipes, channels)
     assert len(ours) == len(hosts) == 10
     for own, host in zip(ours, hosts, strict=True):
-        np.testing.assert_array_equal(own.record, host.record)
+        np.testing.assert_array_equal(own.index, host.index)
         np.testing.assert_array_equal(own.valid, host.valid)
         assert own.image.dtype == own.mask.dtype == np.uint8
         difference = np.abs(own.image.astype(int) - host.image)
@@ -90,45 +91,45 @@ def test_batches_are_those_of_the_host(dataset, resident, augmentation, channels
 def test_soft_masks_and_grey_levels_vary_as_the_hosts_do(dataset):
     varied = dataclasses.replace(MOVING, gain=0.3, gamma=0.5, speckle=0.2)
     config = DataConfig(image_size=SIZE, workers=0, soft_masks=True)
-    flags = {"channels": 1, "seed": 3, "batch_size": 2, "total_steps": 4}
-    hosts = list(pipeline.training_batches(dataset, range(5), config, varied, **flags))
-    order = pipeline.TrainingOrder(tuple(range(5)), varied, seed=3, batch_size=2)
-    plans = training_plans(order, SIZE, pipeline.split_into_calls(2, 2, 0, 4))
-    soft = load_resident(dataset, SIZE, replicated(create_mesh()), soft_masks=True)
-    for own, host in zip(batches(soft, plans, soft_masks=True), hosts, strict=True):
+    flags: dict[str, Any] = {"channels": 1, "seed": 3, "batch_size": 2, "total_steps": 4}
+    hosts = list(host_loader.training_batches(dataset, range(5), config, varied, **flags))
+    order = TrainingOrder(tuple(range(5)), varied, seed=3, batch_size=2)
+    recipes = training_recipes(order, SIZE, split_into_calls(2, 2, 0, 4))
+    soft = load_device_dataset(dataset, SIZE, replicated(create_mesh()), soft_masks=True)
+    for own, host in zip(batches(soft, recipes, soft_masks=True), hosts, strict=True):
         assert 0 < ((host.mask > 0) & (host.mask < 255)).mean() < 0.1
         assert np.abs(own.mask.astype(int) - host.mask).max() <= 1
         jax.tree.map(np.testing.assert_array_equal, own.photometric, host.photometric)
 
 
-def test_plans_of_any_length_and_start_take_the_same(dataset, resident):
-    order = pipeline.TrainingOrder((0, 2, 3, 5), MOVING, seed=1, batch_size=2)
+def test_recipes_of_any_length_and_start_take_the_same(dataset, resident):
+    order = TrainingOrder((0, 2, 3, 5), MOVING, seed=1, batch_size=2)
 
-    def plan(steps: int, start: int, shard: tuple[int, int] = (0, 1)) -> Plan:
-        plans = training_plans(order, SIZE, pipeline.split_into_calls(steps, 8, start, 8), shard)
-        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *plans)
+    def recipe(steps: int, start: int, shard: tuple[int, int] = (0, 1)) -> BatchRecipe:
+        recipes = training_recipes(order, SIZE, split_into_calls(steps, 8, start, 8), shard)
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *recipes)
 
-    whole = plan(8, 0)
+    whole = recipe(8, 0)
     for start in (0, 3, 4, 5):
         for steps in (1, 2, 3, 4):
             rest = jax.tree.map(lambda array, start=start: array[start:], whole)
-            jax.tree.map(np.testing.assert_array_equal, plan(steps, start), rest)
-    shares = [plan(4, 0, (position, 2)) for position in range(2)]
+            jax.tree.map(np.testing.assert_array_equal, recipe(steps, start), rest)
+    shares = [recipe(4, 0, (position, 2)) for position in range(2)]
     together = jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *shares)
     jax.tree.map(np.testing.assert_array_equal, together, whole)
-    assert set(whole.record.ravel().tolist()) <= {0, 2, 3, 5}
+    assert set(whole.indices.ravel().tolist()) <= {0, 2, 3, 5}
 
 
 def test_the_warp_is_albumentations_own_on_real_images(shared_dir):
-    warp = jax.jit(take_batch, static_argnames="channels")
+    warp = jax.jit(gather_batch, static_argnames="channels")
     for number, record in enumerate(hc18.find_records(shared_dir / "hc18")[::40]):
         native, mask = hc18.load(record)
         image, mask = resize_image(native, (256, 256)), resize_mask(mask, (256, 256))
         transform = draw_transform(MOVING, np.random.default_rng(number))
         expected, expected_mask = apply_transform(transform, image, mask)
         matrix = sampling_matrix(transform, image.shape).astype(np.float32)
-        resident = Resident(jnp.asarray(image[None]), jnp.asarray(mask[None] // 255))
-        batch = warp(resident, Plan(np.zeros(1, np.int32), matrix[None]), channels=1)
+        resident = DeviceDataset(jnp.asarray(image[None]), jnp.asarray(mask[None] // 255))
+        batch = warp(resident, BatchRecipe(np.zeros(1, np.int32), matrix[None]), channels=1)
         difference = np.abs(np.asarray(batch.image)[0, ..., 0].astype(int) - expected)
         assert difference.max() <= 1 and difference.mean() < 0.01
         assert (np.asarray(batch.mask)[0, ..., 0] != expected_mask // 255).mean() < 1e-4
@@ -142,16 +143,16 @@ def test_the_warp_is_albumentations_own_on_real_images(shared_dir):
 def test_what_meets_the_pixels_is_exact(resident, transform):
     image, mask = (np.asarray(array[0]) for array in resident)
     matrix = sampling_matrix(transform, SIZE).astype(np.float32)
-    batch = take(resident, Plan(np.zeros(1, np.int32), matrix[None]), 1)
+    batch = take(resident, BatchRecipe(np.zeros(1, np.int32), matrix[None]), 1)
     expected, expected_mask = apply_transform(transform, image, mask)
     np.testing.assert_array_equal(batch.image[0, ..., 0], expected)
     np.testing.assert_array_equal(batch.mask[0, ..., 0], expected_mask)
 
 
 def test_an_evaluation_takes_every_record_once_and_marks_the_padding(dataset, resident):
-    plans = list(evaluation_plans((1, 4, 5), batch_size=2))
-    assert [plan.record.tolist() for plan in plans] == [[[1, 4]], [[5, -1]]]
-    first, last = batches(resident, plans)
+    recipes = list(evaluation_recipes((1, 4, 5), batch_size=2))
+    assert [recipe.indices.tolist() for recipe in recipes] == [[[1, 4]], [[5, -1]]]
+    first, last = batches(resident, recipes)
     assert first.valid.tolist() == [True, True] and last.valid.tolist() == [True, False]
     np.testing.assert_array_equal(first.image[1, ..., 0], resident.image[4])
     np.testing.assert_array_equal(last.mask[0, ..., 0], resident.mask[5])

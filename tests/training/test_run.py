@@ -1,6 +1,7 @@
 """A run from its config to its workdir: what it leaves behind, and what stopping it costs."""
 
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -19,14 +20,16 @@ from fetal_flax.config import (
 )
 from fetal_flax.errors import InputError, Interrupted
 from fetal_flax.models import functional
-from fetal_flax.training import epochs, loop
+from fetal_flax.training.events import CallDone, Event
+from fetal_flax.training.run import train
+from fetal_flax.training.workdir import read_config
 
 ROOT = Path(__file__).parents[2]
 TIMINGS = {"seconds", "images_per_second", "waiting"}
 
 
 def test_a_run_leaves_config_split_metrics_pictures_and_logs(finished, small_config, read_rows):
-    assert loop.read_config(finished) == small_config()
+    assert read_config(finished) == small_config()
     split = json.loads((finished / "split.json").read_text())
     assert not set(split["train"]) & set(split["validation"])
     assert len(split["train"]) + len(split["validation"]) == 45
@@ -48,8 +51,8 @@ def test_the_best_checkpoint_describes_itself(finished, read_rows):
 
 
 def test_resuming_goes_on_exactly(finished, small_config, tmp_path, read_rows, same_state):
-    loop.train(small_config(epochs=1), tmp_path / "run")
-    loop.train(small_config(epochs=2), tmp_path / "run", resume=True)
+    train(small_config(epochs=1), tmp_path / "run")
+    train(small_config(epochs=2), tmp_path / "run", resume=True)
     assert read_rows(tmp_path / "run") == read_rows(finished)
     assert same_state(tmp_path / "run", finished)
 
@@ -64,7 +67,7 @@ def test_the_devices_own_batches_train_as_the_hosts_do(finished, small_config, t
     """Steps by ones and fours; the warp is a grey level off here and there."""
     for steps in (1, 4):
         config = on_device(small_config(), steps_per_dispatch=steps)
-        workdir = loop.train(config, tmp_path / str(steps))
+        workdir = train(config, tmp_path / str(steps))
         for ours, theirs in zip(read_rows(workdir), read_rows(finished), strict=True):
             for name in theirs:
                 assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=2e-3), name
@@ -77,7 +80,7 @@ def test_calls_of_more_or_fewer_steps_train_alike(finished, small_config, tmp_pa
     config = small_config()
     for steps in (1, 3, 4):
         data = dataclasses.replace(config.data, steps_per_dispatch=steps)
-        workdir = loop.train(dataclasses.replace(config, data=data), tmp_path / str(steps))
+        workdir = train(dataclasses.replace(config, data=data), tmp_path / str(steps))
         for ours, theirs in zip(read_rows(workdir), read_rows(finished), strict=True):
             for name in theirs:
                 assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=1e-4), name
@@ -85,13 +88,11 @@ def test_calls_of_more_or_fewer_steps_train_alike(finished, small_config, tmp_pa
 
 @pytest.mark.slow
 def test_resuming_on_the_devices_own_batches_is_exact(small_config, tmp_path, read_rows):
-    undisturbed = loop.train(
-        on_device(small_config(), steps_per_dispatch=4), tmp_path / "undisturbed"
-    )
+    undisturbed = train(on_device(small_config(), steps_per_dispatch=4), tmp_path / "undisturbed")
     config = on_device(small_config(epochs=1), steps_per_dispatch=4)
-    loop.train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
     config = on_device(small_config(epochs=2), steps_per_dispatch=4)
-    loop.train(config, tmp_path / "run", resume=True)
+    train(config, tmp_path / "run", resume=True)
     assert read_rows(tmp_path / "run") == read_rows(undisturbed)
 
 
@@ -116,25 +117,22 @@ def with_recipe(config: TrainConfig) -> TrainConfig:
 def by_recipe(small_config, tmp_path_factory) -> Path:
     """The workdir of an undisturbed run with everything that a recipe may add."""
     workdir = tmp_path_factory.mktemp("recipe") / "run"
-    return loop.train(with_recipe(small_config(epochs=3)), workdir)
+    return train(with_recipe(small_config(epochs=3)), workdir)
 
 
-def test_a_recipe_is_resumed_exactly(
-    by_recipe, small_config, tmp_path, read_rows, same_state, monkeypatch
-):
+def test_a_recipe_is_resumed_exactly(by_recipe, small_config, tmp_path, read_rows, same_state):
     """Stopped in the middle of an epoch; the averages and what they are of both go on."""
     config = with_recipe(small_config(epochs=3))
-    count = epochs.Underway.count
+    calls = itertools.count(1)
 
-    def stop_in_the_second_epoch(underway, metrics):
-        count(underway, metrics)
-        if underway.done.epochs == 1 and len(underway.done.begun) == 2:
+    def stop_in_the_second_epoch(event: Event) -> None:
+        if isinstance(event, CallDone) and next(calls) == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(epochs.Underway, "count", stop_in_the_second_epoch)
-        loop.train(config, tmp_path / "run")
-    loop.train(config, tmp_path / "run", resume=True)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run", listeners=[stop_in_the_second_epoch])
+    assert (tmp_path / "run" / "checkpoints" / "1000002").is_dir()
+    train(config, tmp_path / "run", resume=True)
     assert read_rows(tmp_path / "run") == read_rows(by_recipe)
     assert same_state(tmp_path / "run", by_recipe)
 
@@ -151,7 +149,7 @@ def test_a_recipe_keeps_the_average_and_chooses_by_the_ellipse(by_recipe, read_r
 
 def test_a_cosines_end_is_not_moved_by_resuming(by_recipe, small_config):
     with pytest.raises(InputError, match=r"schedule\.epochs"):
-        loop.train(with_recipe(small_config(epochs=4)), by_recipe, resume=True)
+        train(with_recipe(small_config(epochs=4)), by_recipe, resume=True)
 
 
 def test_a_run_begins_with_a_trained_network(finished, small_config, tmp_path, read_rows):
@@ -163,7 +161,7 @@ def test_a_run_begins_with_a_trained_network(finished, small_config, tmp_path, r
         data=dataclasses.replace(config.data, image_size=(48, 48)),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-30),
     )
-    workdir = loop.train(config, tmp_path / "run")
+    workdir = train(config, tmp_path / "run")
     ours, theirs = checkpoints.load(workdir)[0], checkpoints.load(finished)[0]
     for name in theirs.params:
         np.testing.assert_array_equal(ours.params[name], theirs.params[name])
@@ -175,7 +173,7 @@ def test_a_run_does_not_begin_with_another_network(finished, small_config, tmp_p
         small_config(), init=str(finished), model=ModelConfig(name="unet", base_width=8)
     )
     with pytest.raises(InputError, match="setting init"):
-        loop.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -183,14 +181,14 @@ def test_early_stopping_ends_a_run(small_config, tmp_path, read_rows):
     # A rate of nearly nothing cannot improve for long.
     config = small_config(epochs=30, early_stopping_patience=1)
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-30)
-    workdir = loop.train(dataclasses.replace(config, optimizer=optimizer), tmp_path / "run")
+    workdir = train(dataclasses.replace(config, optimizer=optimizer), tmp_path / "run")
     assert len(read_rows(workdir)) < 30
 
 
 def test_a_workdir_is_never_overwritten(finished, small_config):
     before = (finished / "metrics.csv").read_bytes()
     with pytest.raises(InputError, match="--resume"):
-        loop.train(small_config(), finished)
+        train(small_config(), finished)
     assert (finished / "metrics.csv").read_bytes() == before
 
 
@@ -200,21 +198,21 @@ def test_resuming_with_another_config_is_refused(finished, small_config):
         config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2)
     )
     with pytest.raises(InputError, match=r"optimizer\.learning_rate"):
-        loop.train(other, finished, resume=True)
+        train(other, finished, resume=True)
 
 
 def test_resuming_with_other_data_is_refused(small_config, tmp_path):
-    workdir = loop.train(small_config(epochs=1), tmp_path / "run")
+    workdir = train(small_config(epochs=1), tmp_path / "run")
     manifest = json.loads((workdir / "split.json").read_text())
     manifest["train"].pop()
     (workdir / "split.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="split"):
-        loop.train(small_config(), workdir, resume=True)
+        train(small_config(), workdir, resume=True)
 
 
 def test_resuming_nothing_is_refused(small_config, tmp_path):
     with pytest.raises(InputError, match="no run"):
-        loop.train(small_config(), tmp_path / "nothing", resume=True)
+        train(small_config(), tmp_path / "nothing", resume=True)
 
 
 def test_a_missing_encoder_stops_before_anything_is_written(small_config, tmp_path):
@@ -224,13 +222,13 @@ def test_a_missing_encoder_stops_before_anything_is_written(small_config, tmp_pa
         encoder=EncoderConfig(weights=str(tmp_path / "missing.pth")),
     )
     with pytest.raises(InputError, match="missing"):
-        loop.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(small_config, tmp_path):
     with pytest.raises(InputError, match="batch_size"):
-        loop.train(small_config(batch_size=12), tmp_path / "run")
+        train(small_config(batch_size=12), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -239,5 +237,5 @@ def test_a_batch_that_devices_cannot_share_is_refused(small_config, tmp_path):
 def test_a_config_of_another_shape_is_refused(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=r"holds no run to resume|config (must|has no)") as error:
-        loop.read_config(tmp_path)
+        read_config(tmp_path)
     assert str(error.value).isprintable()

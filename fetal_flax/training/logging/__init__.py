@@ -1,0 +1,1 @@
+"""What listens to a run: the terminal, log files, the profiler."""

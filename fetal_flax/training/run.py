@@ -1,0 +1,166 @@
+"""A training run, from its config to its workdir, told from top to bottom.
+
+A run that was stopped at any moment, even by SIGKILL, goes on with `resume` and ends as it would
+have ended, to the bit: what a step computes depends on the state and on (seed, step) alone.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fetal_flax import checkpoints
+from fetal_flax.checkpoints import TrainingCheckpoints
+from fetal_flax.config import TrainConfig
+from fetal_flax.training.compile import create_state
+from fetal_flax.training.distributed import everywhere, is_first
+from fetal_flax.training.epoch import train_epochs
+from fetal_flax.training.events import Listener, Message
+from fetal_flax.training.interruption import Interruption
+from fetal_flax.training.logging.console import Console
+from fetal_flax.training.logging.files import LogFiles
+from fetal_flax.training.logging.profiler import Profiler
+from fetal_flax.training.session import RunProgress, TrainingSession, restored_state, training_of
+from fetal_flax.training.setup import Setup, describe, prepare
+from fetal_flax.training.step import TrainState, network_of
+from fetal_flax.training.workdir import (
+    check_same_split,
+    check_workdir,
+    disk_failure_named,
+    hold_workdir,
+    write_start,
+)
+
+SHEET_IMAGES = 12
+SCORES = {"dice": "Dice", "ellipse_dice": "Dice of the ellipse"}
+
+
+def train(
+    config: TrainConfig,
+    workdir: Path,
+    *,
+    resume: bool = False,
+    profile: bool = False,
+    listeners: Sequence[Listener] = (),
+) -> Path:
+    """Trains to the last epoch or until validation no longer improves.
+
+    Args:
+        config: The run.
+        workdir: Where everything goes; must hold no run yet, unless `resume`.
+        resume: Go on where the run in `workdir` stopped.
+        profile: Trace a few steps into `workdir`/profile.
+        listeners: Who is told what happens (training/events.py), besides terminal and log files.
+
+    Returns:
+        `workdir`.
+
+    Raises:
+        InputError: Settings, files or data can't be used; the message says which.
+        RunError: The run can't go on; the message says what is saved.
+        Interrupted: SIGTERM or SIGINT came; the message says what is saved.
+    """
+    with Interruption() as interruption, hold_workdir(workdir), contextlib.ExitStack() as stack:
+        # Settle what never changes; nothing is written but caches.
+        everywhere(lambda: check_workdir(config, workdir, resume=resume))
+        setup = everywhere(lambda: prepare(config))
+        console = Console(config.schedule.epochs, quiet=not is_first())
+        console(Message(describe(setup)))
+
+        with disk_failure_named(workdir), contextlib.ExitStack() as files:
+            # Begin, or go on where the last whole checkpoint is.
+            if not resume:
+                # Before there are checkpoints, which nothing could go on from without it.
+                everywhere(lambda: write_start(setup, workdir))
+            saved = files.enter_context(contextlib.closing(TrainingCheckpoints(workdir)))
+            state, progress = _begin(setup, workdir, saved, console, resume=resume)
+            if resume:
+                write_start(setup, workdir)
+
+            # Say who is told what happens.
+            heard_by = [console, *listeners]
+            stack.enter_context(contextlib.closing(console))
+            if is_first():
+                logs = LogFiles(workdir, int(state.step), progress.history)
+                heard_by.append(files.enter_context(contextlib.closing(logs)))
+            if profile:
+                profiler = Profiler(workdir / "profile")
+                heard_by.append(files.enter_context(contextlib.closing(profiler)))
+
+            # Train.
+            session = TrainingSession(
+                setup, workdir, state, progress, saved, interruption, heard_by
+            )
+            train_epochs(session)
+            saved.wait()
+        interruption.raise_at_once()
+
+        # Show what has become of it.
+        progress = session.progress
+        if is_first():
+            _write_curves(progress, workdir)
+            _write_sheet(setup, workdir)
+        best, score = progress.stopping, SCORES[config.schedule.select_by]
+        console(
+            Message(
+                f"best validation {score} {best.best:.4f} in epoch {best.best_epoch}; curves.png, "
+                f"validation.png, metrics.csv and checkpoints are in {workdir}"
+            )
+        )
+    return workdir
+
+
+def _begin(
+    setup: Setup,
+    workdir: Path,
+    saved: TrainingCheckpoints,
+    console: Console,
+    *,
+    resume: bool,
+) -> tuple[TrainState, RunProgress]:
+    """Returns where the run begins, or where it goes on."""
+    state = create_state(setup.config, setup.variables, setup.mesh)
+    restored = saved.restore_latest(network_of(state), training_of(state)) if resume else None
+    if restored is None:
+        return state, RunProgress()
+    network, training, description, damages = restored
+    for damage in damages:
+        console(Message(f"{damage}; it is now in {workdir / checkpoints.DAMAGED}"))
+    check_same_split(setup, workdir)
+    progress = RunProgress.from_json(dict(description.progress))
+    partial = len(progress.partial_epoch)
+    steps = f" and {partial} steps of the next" if partial else ""
+    console(Message(f"resuming behind epoch {progress.epochs}{steps}"))
+    return restored_state(state, network, training), progress
+
+
+def _write_curves(progress: RunProgress, workdir: Path) -> None:
+    from fetal_flax.evaluation import pictures  # Matplotlib: no start should wait for it.
+
+    pictures.training_curves(workdir / "curves.png", progress.history)
+
+
+def _write_sheet(setup: Setup, workdir: Path) -> None:
+    """Draws validation images, from the worst Dice to the best, with the best checkpoint."""
+    from fetal_flax.evaluation import pictures
+    from fetal_flax.evaluation.metrics import segmentation_metrics
+    from fetal_flax.inference.predictor import Predictor
+
+    predictor = Predictor.from_checkpoint(workdir)
+    records = [setup.dataset.record(i) for i in setup.split.validation]
+    masks = predictor.masks([record.image for record in records])
+    truths = [record.mask > 0 for record in records]
+    dices = [
+        segmentation_metrics(mask, truth)["dice"] for mask, truth in zip(masks, truths, strict=True)
+    ]
+    order = np.argsort(dices)
+    chosen = order[np.linspace(0, len(order) - 1, min(SHEET_IMAGES, len(order))).astype(int)]
+    pictures.overlay_sheet(
+        workdir / "validation.png",
+        [records[i].image for i in chosen],
+        [masks[i] for i in chosen],
+        [truths[i] for i in chosen],
+        [records[i].name for i in chosen],
+        [dices[i] for i in chosen],
+    )
