@@ -57,14 +57,13 @@ def convolution(
     Returns:
         A map with `ceil(side / stride)` rows and columns.
     """
-    if stride == 1 and not depthwise:
+    if stride == 1:
         kernel = live_taps(kernel, dilation, x.shape[1], x.shape[2])
     if jax.default_backend() == "cpu":
-        if not depthwise:
-            return nhwc_convolution(stride, dilation, x, kernel)
-        if kernel.shape[:2] == (3, 3) and dilation == 1:
-            return depthwise_by_shifts(x, kernel, stride)
-    elif kernel.shape[:2] == (1, 1) and stride == 1 and not depthwise:
+        if depthwise:
+            return depthwise_by_shifts(x, kernel, stride, dilation)
+        return nhwc_convolution(stride, dilation, x, kernel)
+    if kernel.shape[:2] == (1, 1) and stride == 1 and not depthwise:
         return x @ kernel[0, 0]
     return plain_convolution(x, kernel, stride=stride, dilation=dilation, depthwise=depthwise)
 
@@ -146,18 +145,23 @@ def live_taps(kernel: Kernel, dilation: int, height: int, width: int) -> Kernel:
     return kernel[live(kernel.shape[0], height), live(kernel.shape[1], width)]
 
 
-def depthwise_by_shifts(x: FeatureMap, kernel: Kernel, stride: int) -> FeatureMap:
-    """3×3 depthwise convolution as nine shifted multiply-adds.
+def depthwise_by_shifts(
+    x: FeatureMap, kernel: Kernel, stride: int = 1, dilation: int = 1
+) -> FeatureMap:
+    """Depthwise convolution as a shifted multiply-add for each tap; an odd kernel of any sides.
 
     XLA's CPU backend runs grouped convolutions channel by channel; as elementwise arithmetic the
     same sum vectorises over channels and fuses with its neighbours.
     """
     height, width = x.shape[1], x.shape[2]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    rows, columns = kernel.shape[:2]
+    margins = [(dilation * (size // 2),) * 2 for size in (rows, columns)]
+    padded = jnp.pad(x, ((0, 0), *margins, (0, 0)))
     y = jnp.zeros((), x.dtype)
-    for row in range(3):
-        for column in range(3):
-            shifted = padded[:, row : row + height : stride, column : column + width : stride]
+    for row in range(rows):
+        for column in range(columns):
+            top, left = dilation * row, dilation * column
+            shifted = padded[:, top : top + height : stride, left : left + width : stride]
             y = y + shifted * kernel[row, column, 0].reshape(1, 1, 1, -1)
     return y
 

@@ -21,7 +21,7 @@ from fetal_flax.models.convolution import (
     plain_convolution,
     up_convolution_3x3,
 )
-from fetal_flax.models.layers import Conv, UpConv, per_channel
+from fetal_flax.models.layers import Conv, SeparableConv, UpConv, per_channel
 from fetal_flax.models.unet import MobileNetASPPSEUNet, Network, PlainStage, SEStage
 
 
@@ -32,15 +32,17 @@ def fold(network: Network) -> None:
         fold_head(network)
     if jax.default_backend() == "cpu":
         for part in _modules(network, SEStage, PlainStage):
-            fold_up(part)
+            if not isinstance(part.block.first.conv, SeparableConv):
+                fold_up(part)
 
 
 def fold_norms(module: nnx.Module) -> None:
     """Makes every batch norm part of its convolution."""
     for part in _modules(module, ConvNorm):
         gain, shift = part.norm.running_affine()
-        part.conv.kernel.set_value(part.conv.kernel[...] * per_channel(gain))
-        part.conv.bias = nnx.data(nnx.Param(shift))
+        last = part.conv.pointwise if isinstance(part.conv, SeparableConv) else part.conv
+        last.kernel.set_value(last.kernel[...] * per_channel(gain))
+        last.bias = nnx.data(nnx.Param(shift))
         part.norm = None
 
 
