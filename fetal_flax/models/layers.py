@@ -87,9 +87,7 @@ class SeparableConv(nnx.Module):
         rngs: Source of the `params` stream.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, size: int, *, dilation: int = 1, rngs: nnx.Rngs
-    ):
+    def __init__(self, inputs: int, outputs: int, size: int, *, dilation: int = 1, rngs: nnx.Rngs):
         self.depthwise = Conv(inputs, inputs, size, dilation=dilation, depthwise=True, rngs=rngs)
         self.pointwise = Conv(inputs, outputs, 1, rngs=rngs)
 

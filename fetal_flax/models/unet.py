@@ -57,7 +57,7 @@ class Variant:
     decoder_channels: tuple[int, ...] = DECODER_CHANNELS
     """Outputs of stages 5 to 1."""
     dense_stages: int = len(DECODER_CHANNELS)
-    """How many stages, from the fifth on, have dense 3×3 convolutions; the others' are separable."""
+    """Stages with dense 3×3 convolutions, counted from the fifth; the others' are separable."""
 
 
 VARIANTS = {

@@ -55,7 +55,7 @@ def _assert_same(form: Callable, plain: Callable, x: jax.Array, kernel: jax.Arra
 def test_depthwise_by_shifts_equals_the_grouped_convolution(size, stride):
     x, kernel = _random(2, *size, 5), _random(3, 3, 1, 5, seed=1)
     _assert_same(
-        lambda x, k: depthwise_by_shifts(x, k, stride),
+        lambda x, k: depthwise_by_shifts(stride, 1, x, k),
         lambda x, k: plain_convolution(x, k, stride=stride, depthwise=True),
         x,
         kernel,
