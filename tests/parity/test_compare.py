@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 POS_WEIGHT = 2.3
 DESCRIBED = ModelConfig()
 PUBLISHED = ModelConfig(variant="published")
+COMPACT = ModelConfig(variant="compact")
 MOBILENET_UNET = ModelConfig(name="mobilenet_unet")
 UNET = ModelConfig(name="unet")
 SMALL_UNET = TrainConfig(model=ModelConfig(name="unet", base_width=4))
@@ -55,6 +56,7 @@ def _changed(pair: Pair, name: str, factor: float) -> Pair:
     [
         (DESCRIBED, 1, (320, 224)),
         (PUBLISHED, 4, (256, 256)),
+        (COMPACT, 2, (256, 256)),
         (MOBILENET_UNET, 4, (320, 224)),
         (UNET, 1, (256, 256)),
     ],
@@ -73,10 +75,11 @@ def test_networks_agree_at_their_own_size(make_batch, model, images, size):
     ("model", "encoder"),
     [
         (DESCRIBED, EncoderConfig(weights="none")),
+        (COMPACT, EncoderConfig(weights="none")),
         (MOBILENET_UNET, EncoderConfig(weights="none", frozen_batch_norm="batch")),
         (MOBILENET_UNET, EncoderConfig(weights="none", trainable=True)),
     ],
-    ids=["frozen", "drifting", "learning"],
+    ids=["frozen", "compact", "drifting", "learning"],
 )
 def test_ten_steps_agree_however_the_encoder_is_treated(make_batch, model, encoder):
     pair = random_pair(TrainConfig(model=model, encoder=encoder))
@@ -162,7 +165,9 @@ def test_the_pair_is_not_changed(make_batch, small_pair):
             np.testing.assert_array_equal(array, ours[name])
 
 
-@pytest.mark.parametrize("model", [DESCRIBED, MOBILENET_UNET, UNET], ids=lambda model: model.name)
+@pytest.mark.parametrize(
+    "model", [DESCRIBED, COMPACT, MOBILENET_UNET, UNET], ids=lambda model: model.title
+)
 def test_stages_are_places_of_both_networks(model):
     network = reference.create_reference(model)
     names = [*functional.shapes(model).params]
