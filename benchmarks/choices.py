@@ -88,8 +88,8 @@ CHOICES = (
         "it",
         convolution,
         "depthwise_by_shifts",
-        lambda x, kernel, stride: convolution.plain_convolution(
-            x, kernel, stride=stride, depthwise=True
+        lambda stride, dilation, x, kernel: convolution.plain_convolution(
+            x, kernel, stride=stride, dilation=dilation, depthwise=True
         ),
     ),
     Choice("no dead taps", "it", convolution, "live_taps", lambda kernel, *_: kernel),

@@ -3,9 +3,10 @@
     python benchmarks/convolutions.py
 
 Forward and backward together, float32, batch 16, the shapes of `mobilenet_aspp_se_unet` at
-256×256; then the composed up-convolutions of inference, forward, batch 1. Runs alternate and
-medians are compared. Below 1 the chosen form is faster than the plain one; the last column is the
-plain one with XLA's default options over that without (models/convolution.py, compiler_options).
+256×256, the last ones those of its compact variant; then the composed up-convolutions of inference,
+forward, batch 1. Runs alternate and medians are compared. Below 1 the chosen form is faster than
+the plain one; the last column is the plain one with XLA's default options over that without
+(models/convolution.py, compiler_options).
 """
 
 import functools
@@ -36,6 +37,9 @@ CASES = (
     ("encoder depthwise, stride 2", 128, 96, 96, 3, {"depthwise": True, "stride": 2}),
     ("ASPP, dilation 6", 8, 1280, 128, 3, {"dilation": 6}),
     ("ASPP, dilation 18", 8, 1280, 128, 3, {"dilation": 18}),
+    ("compact ASPP depthwise, dilation 6", 8, 1280, 1280, 3, {"depthwise": True, "dilation": 6}),
+    ("compact stage2 first depthwise", 128, 48, 48, 3, {"depthwise": True}),
+    ("compact stage1 second depthwise", 256, 16, 16, 3, {"depthwise": True}),
 )
 # Side, inputs, outputs of the decoder's stages 5 to 1.
 UP_CASES = ((8, 512, 256), (16, 256, 128), (32, 128, 64), (64, 64, 32), (128, 32, 32))
@@ -70,7 +74,7 @@ def print_row(name: str, calls: list) -> None:
     seconds = alternate(dict(enumerate(calls)), REPEATS)
     chosen, plain, default = map(statistics.median, seconds.values())
     times = f"{1e3 * chosen:8.1f} ms  plain {1e3 * plain:8.1f} ms  {chosen / plain:.2f}"
-    print(f"{name:30s} {times}  {default / plain:.2f}", flush=True)
+    print(f"{name:34s} {times}  {default / plain:.2f}", flush=True)
 
 
 def gradients(form, options, **settings):

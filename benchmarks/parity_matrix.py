@@ -18,6 +18,7 @@ from fetal_flax.parity.settings import ParitySettings
 NETWORKS = (
     ModelConfig(variant="described"),
     ModelConfig(variant="published"),
+    ModelConfig(variant="compact"),
     ModelConfig(name="mobilenet_unet"),
     ModelConfig(name="unet"),
 )

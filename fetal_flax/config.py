@@ -94,13 +94,15 @@ class ModelConfig:
 
     name: Literal["mobilenet_aspp_se_unet", "mobilenet_unet", "unet"] = "mobilenet_aspp_se_unet"
     """The proposed network or one of the two baselines."""
-    variant: Literal["described", "published"] = "described"
-    """Which of the two readings of `mobilenet_aspp_se_unet`: the written description or the
-    published PyTorch code (docs/architecture.md lists the differences)."""
+    variant: Literal["described", "published", "compact"] = "described"
+    """Which reading of `mobilenet_aspp_se_unet`: the written description's layers, the published
+    PyTorch code, or `compact`, which keeps to the description's figures
+    (docs/architecture.md lists the differences)."""
     in_channels: Literal[1, 3] = 1
     """Image channels: 1 grey, 3 RGB."""
     aspp_width: int | None = None
-    """Channels of each ASPP branch; None takes the variant's (128 described, 512 published)."""
+    """Channels of each ASPP branch; None takes the variant's (128 described, 512
+    published, 64 compact)."""
     dropout: float = 0.5
     """Dropout rate after the ASPP projection."""
     base_width: int = 32

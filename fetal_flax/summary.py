@@ -14,6 +14,7 @@ from fetal_flax.models.unet import NETWORKS
 CONFIGS = (
     (ModelConfig(variant="described"), False),
     (ModelConfig(variant="published"), False),
+    (ModelConfig(variant="compact"), False),
     (ModelConfig(name="mobilenet_unet"), True),
     (ModelConfig(name="unet"), False),
 )

@@ -60,6 +60,18 @@ MUTATIONS = {
     "GroupNorm's epsilon": Mutation(
         "fetal_flax/models/aspp.py", "epsilon=1e-5", "epsilon=1e-6", (*BLOCKS, "aspp_without")
     ),
+    "two values a group in the pooled branch": Mutation(
+        "fetal_flax/models/unet.py",
+        "pool_groups=8,",
+        "pool_groups=32,",
+        ("tests/models/test_networks.py", "-k", "pooled_branch"),
+    ),
+    "a separable convolution without its dilation": Mutation(
+        "fetal_flax/models/layers.py",
+        "size, dilation=dilation, depthwise=True",
+        "size, depthwise=True",
+        (*BLOCKS, "compact_aspp"),
+    ),
     "ReLU for ReLU6": Mutation(
         "fetal_flax/models/mobilenet_v2.py",
         "y = nnx.relu6(self.depthwise",

@@ -15,17 +15,19 @@ def printed(name: str | None = None, width: int = 80) -> str:
 
 def test_every_network_and_variant_is_printed_with_exact_totals():
     text = printed()
-    for title in ("(described)", "(published)", "mobilenet_unet,", "unet,"):
+    for title in ("(described)", "(published)", "(compact)", "mobilenet_unet,", "unet,"):
         assert title in text
-    for total in ("10,012,177", "25,253,893", "13,057,089", "7,762,465", "23,030,597"):
+    for total in ("10,012,177", "25,253,893", "3,340,305", "13,057,089", "7,762,465"):
         assert total in text
+    for trainable in ("23,030,597", "1,117,009"):
+        assert trainable in text
     assert "…" not in text
 
 
 def test_the_descriptions_figures_stand_below_those_of_its_network_alone():
     rows = [line.split() for line in printed("mobilenet_aspp_se_unet").splitlines()]
     described = [row for row in rows if row[:1] == ["description"]]
-    assert described == 2 * [["description", "3,403,809", "1,192,737", "2,211,072", "13.0", "2.80"]]
+    assert described == 3 * [["description", "3,403,809", "1,192,737", "2,211,072", "13.0", "2.80"]]
     assert "description" not in printed("unet")
 
 

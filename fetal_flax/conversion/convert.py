@@ -41,8 +41,8 @@ def from_torch_file(
 def to_torch_file(source: Path, output: Path) -> checkpoints.Description:
     """Converts a checkpoint into a PyTorch state dict with the published names.
 
-    An encoder alone gets torchvision's names. The described variant, which has no published
-    layout, gets the published one's names, and no squeeze-excite biases.
+    An encoder alone gets torchvision's names. The described and the compact variant, which have no
+    published layout, get the published one's names, and no squeeze-excite biases.
 
     Args:
         source: Training workdir (its best checkpoint) or converted directory.

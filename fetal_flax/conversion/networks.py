@@ -13,7 +13,7 @@ from fetal_flax.conversion.torch_file import read_state_dict
 from fetal_flax.conversion.transfer import from_torch, is_float
 from fetal_flax.errors import InputError, printable
 from fetal_flax.models import functional
-from fetal_flax.models.aspp import POOL_GROUPS
+from fetal_flax.models.aspp import WIDTH_UNIT
 from fetal_flax.models.functional import Variables
 from fetal_flax.models.unet import VARIANTS
 
@@ -122,9 +122,17 @@ def _settings(layout: str, tensors: Mapping[str, np.ndarray]) -> ModelConfig:
     if layout == "unet":
         settings["base_width"] = size("inc.double_conv.0.weight", 0) or ModelConfig.base_width
     if layout == "mobilenet_aspp_se_unet":
-        biased = any(".excitation." in name and name.endswith(".bias") for name in tensors)
-        settings["variant"] = variant = "published" if biased else "described"
+        settings["variant"] = variant = _variant(tensors)
         width = size("bottleneck_aspp.conv1x1.0.weight", 0)
-        if width % POOL_GROUPS == 0 and width not in (0, VARIANTS[variant].aspp_width):
+        if width % WIDTH_UNIT == 0 and width not in (0, VARIANTS[variant].aspp_width):
             settings["aspp_width"] = width
     return ModelConfig(**settings)
+
+
+def _variant(tensors: Mapping[str, np.ndarray]) -> str:
+    """Returns the variant that alone has tensors such as some of these."""
+    targets = (find(name, TABLES["mobilenet_aspp_se_unet"]) for name in tensors)
+    if any(target is not None and "/pointwise/" in target[0] for target in targets):
+        return "compact"
+    biased = any(".excitation." in name and name.endswith(".bias") for name in tensors)
+    return "published" if biased else "described"

@@ -82,6 +82,14 @@ def _conv_norm(conv: str, norm: str, ours: str) -> Table:
     return (Rule(f"{conv}.weight", f"{ours}/conv/kernel", CONV), *_norm(norm, f"{ours}/norm"))
 
 
+def _separable(conv: str, ours: str) -> Table:
+    """The two kernels where the compact variant has a separable convolution."""
+    parts = {"0": "depthwise", "1": "pointwise"}
+    return tuple(
+        Rule(f"{conv}.{n}.weight", f"{ours}/conv/{part}/kernel", CONV) for n, part in parts.items()
+    )
+
+
 def _with_bias(torch: str, ours: str, layout: Layout) -> Table:
     return (
         Rule(f"{torch}.weight", f"{ours}/kernel", layout),
@@ -140,6 +148,7 @@ def _aspp() -> Table:
     ]
     for n in range(3):
         rules += _conv_norm(f"{branches}.{n}.0", f"{branches}.{n}.1", f"aspp/atrous/{n}")
+        rules += _separable(f"{branches}.{n}.0", f"aspp/atrous/{n}")
     return tuple(rules)
 
 
@@ -150,6 +159,9 @@ def _se_stages() -> Table:
         rules += _excitation(f"skip{n}_se", f"stage{n}/skip_se")
         rules += _conv_norm(f"{torch}.conv1", f"{torch}.bn1", f"{ours}/first")
         rules += _conv_norm(f"{torch}.conv2", f"{torch}.bn2", f"{ours}/second")
+        if n in SEPARABLE_STAGES:
+            rules += _separable(f"{torch}.conv1", f"{ours}/first")
+            rules += _separable(f"{torch}.conv2", f"{ours}/second")
         rules += _excitation(f"{torch}.se", f"{ours}/se")
         shortcut = f"{torch}.skip_connection"
         rules += _conv_norm(f"{shortcut}.0", f"{shortcut}.1", f"{ours}/shortcut")
@@ -170,6 +182,7 @@ def _unet() -> Table:
 
 
 STAGES = (5, 4, 3, 2, 1)
+SEPARABLE_STAGES = (2, 1)  # of the compact variant
 
 ENCODER = "mobilenet_v2"
 """Layout of torchvision's file, an encoder alone; the other layouts have the networks' names."""

@@ -9,7 +9,8 @@ from fetal_flax.models.blocks import ConvNorm
 from fetal_flax.models.layers import Conv, FeatureMap
 
 DILATIONS = (6, 12, 18)
-POOL_GROUPS = 32
+WIDTH_UNIT = 32
+"""What every branch's width is a multiple of."""
 
 
 class ASPP(nnx.Module):
@@ -19,19 +20,35 @@ class ASPP(nnx.Module):
         inputs: Input channels.
         width: Channels of each branch, a multiple of 32.
         outputs: Channels after the projection.
+        pool_groups: Groups of the pooled branch's norm. On its 1×1 map a group is a few channels of
+            one pixel, and one of two channels would be normalised to ±1 whatever the image.
+        separable: Whether the dilated convolutions are separable.
         dropout: Rate behind the projection.
         rngs: Source of the `params` stream.
     """
 
-    def __init__(self, inputs: int, width: int, outputs: int, *, dropout: float, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        outputs: int,
+        *,
+        pool_groups: int = 32,
+        separable: bool = False,
+        dropout: float,
+        rngs: nnx.Rngs,
+    ):
         self.point = ConvNorm(inputs, width, 1, rngs=rngs)
         self.atrous = nnx.List(
-            [ConvNorm(inputs, width, 3, dilation=rate, rngs=rngs) for rate in DILATIONS]
+            [
+                ConvNorm(inputs, width, 3, dilation=rate, separable=separable, rngs=rngs)
+                for rate in DILATIONS
+            ]
         )
         self.pool_conv = Conv(inputs, width, 1, rngs=rngs)
         # Flax's default epsilon is 1e-6, torch's 1e-5; its fast variance loses digits.
         self.pool_norm = nnx.GroupNorm(
-            width, num_groups=POOL_GROUPS, epsilon=1e-5, use_fast_variance=False, rngs=rngs
+            width, num_groups=pool_groups, epsilon=1e-5, use_fast_variance=False, rngs=rngs
         )
         self.project = ConvNorm((2 + len(DILATIONS)) * width, outputs, 1, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fetal_flax.models.initializers import torch_uniform
-from fetal_flax.models.layers import BatchNorm, Conv, FeatureMap
+from fetal_flax.models.layers import BatchNorm, Conv, FeatureMap, SeparableConv
 
 
 class ConvNorm(nnx.Module):
@@ -16,12 +16,24 @@ class ConvNorm(nnx.Module):
         inputs: Input channels.
         outputs: Output channels.
         size: Kernel height and width.
+        separable: Whether the convolution is a `SeparableConv`.
         rngs: Source of the `params` stream.
-        conv: Further arguments of `Conv`: stride, dilation, depthwise, kernel_init.
+        conv: Further arguments of `Conv`: stride, dilation, depthwise, kernel_init; of
+            `SeparableConv`: dilation.
     """
 
-    def __init__(self, inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs, **conv):
-        self.conv = Conv(inputs, outputs, size, rngs=rngs, **conv)
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        separable: bool = False,
+        rngs: nnx.Rngs,
+        **conv,
+    ):
+        kind = SeparableConv if separable else Conv
+        self.conv: Conv | SeparableConv = kind(inputs, outputs, size, rngs=rngs, **conv)
         self.norm: BatchNorm | None = BatchNorm(outputs)
 
     def __call__(self, *maps: FeatureMap, train: bool) -> FeatureMap:
@@ -87,14 +99,22 @@ class ResidualSEBlock(nnx.Module):
         outputs: Output channels.
         relu_after_sum: The published order instead of the described one.
         se_bias: Whether the squeeze-excite has biases.
+        separable: Whether the two convolutions are separable.
         rngs: Source of the `params` stream.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, *, relu_after_sum: bool, se_bias: bool, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        relu_after_sum: bool,
+        se_bias: bool,
+        separable: bool = False,
+        rngs: nnx.Rngs,
     ):
-        self.first = ConvNorm(inputs, outputs, 3, rngs=rngs)
-        self.second = ConvNorm(outputs, outputs, 3, rngs=rngs)
+        self.first = ConvNorm(inputs, outputs, 3, separable=separable, rngs=rngs)
+        self.second = ConvNorm(outputs, outputs, 3, separable=separable, rngs=rngs)
         self.se = SqueezeExcite(outputs, bias=se_bias, rngs=rngs)
         self.shortcut = None if inputs == outputs else ConvNorm(inputs, outputs, 1, rngs=rngs)
         self.relu_after_sum = relu_after_sum

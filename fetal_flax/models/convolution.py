@@ -5,9 +5,12 @@ each to it, forward and gradient, in float64. benchmarks/convolutions.py measure
 """
 
 import functools
+import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -57,14 +60,13 @@ def convolution(
     Returns:
         A map with `ceil(side / stride)` rows and columns.
     """
-    if stride == 1 and not depthwise:
+    if stride == 1:
         kernel = live_taps(kernel, dilation, x.shape[1], x.shape[2])
     if jax.default_backend() == "cpu":
-        if not depthwise:
-            return nhwc_convolution(stride, dilation, x, kernel)
-        if kernel.shape[:2] == (3, 3) and dilation == 1:
-            return depthwise_by_shifts(x, kernel, stride)
-    elif kernel.shape[:2] == (1, 1) and stride == 1 and not depthwise:
+        if depthwise:
+            return depthwise_by_shifts(stride, dilation, x, kernel)
+        return nhwc_convolution(stride, dilation, x, kernel)
+    if kernel.shape[:2] == (1, 1) and stride == 1 and not depthwise:
         return x @ kernel[0, 0]
     return plain_convolution(x, kernel, stride=stride, dilation=dilation, depthwise=depthwise)
 
@@ -146,20 +148,87 @@ def live_taps(kernel: Kernel, dilation: int, height: int, width: int) -> Kernel:
     return kernel[live(kernel.shape[0], height), live(kernel.shape[1], width)]
 
 
-def depthwise_by_shifts(x: FeatureMap, kernel: Kernel, stride: int) -> FeatureMap:
-    """3×3 depthwise convolution as nine shifted multiply-adds.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def depthwise_by_shifts(stride: int, dilation: int, x: FeatureMap, kernel: Kernel) -> FeatureMap:
+    """Depthwise convolution as a shifted multiply-add for each tap of an odd kernel.
 
-    XLA's CPU backend runs grouped convolutions channel by channel; as elementwise arithmetic the
-    same sum vectorises over channels and fuses with its neighbours.
+    XLA's CPU backend runs grouped convolutions channel by channel, and in a loop without Eigen; as
+    elementwise arithmetic the same sum vectorises over channels and fuses with its neighbours. The
+    kernel's gradient has a rule of its own (`_sum_over_pixels`).
     """
+    return _sum_of_shifts(stride, dilation, x, kernel)
+
+
+def _sum_of_shifts(stride: int, dilation: int, x: FeatureMap, kernel: Kernel) -> FeatureMap:
     height, width = x.shape[1], x.shape[2]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    padded = _pad(x, dilation, kernel)
     y = jnp.zeros((), x.dtype)
-    for row in range(3):
-        for column in range(3):
-            shifted = padded[:, row : row + height : stride, column : column + width : stride]
-            y = y + shifted * kernel[row, column, 0].reshape(1, 1, 1, -1)
+    for row, column in np.ndindex(kernel.shape[:2]):
+        top, left = dilation * row, dilation * column
+        shifted = padded[:, top : top + height : stride, left : left + width : stride]
+        y = y + shifted * kernel[row, column, 0].reshape(1, 1, 1, -1)
     return y
+
+
+def _depthwise_forward(
+    stride: int, dilation: int, x: FeatureMap, kernel: Kernel
+) -> tuple[FeatureMap, tuple[FeatureMap, Kernel]]:
+    return _sum_of_shifts(stride, dilation, x, kernel), (x, kernel)
+
+
+def _depthwise_backward(
+    stride: int, dilation: int, saved: tuple[FeatureMap, Kernel], gradient: FeatureMap
+) -> tuple[FeatureMap, Kernel]:
+    x, kernel = saved
+    _, pullback = jax.vjp(lambda x: _sum_of_shifts(stride, dilation, x, kernel), x)
+    return *pullback(gradient), _sum_over_pixels(stride, dilation, x, kernel, gradient)
+
+
+depthwise_by_shifts.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _sum_over_pixels(
+    stride: int, dilation: int, x: FeatureMap, kernel: Kernel, gradient: FeatureMap
+) -> Kernel:
+    """Returns the depthwise kernel's gradient: for each tap, shifted map times gradient, summed.
+
+    Bands of rows come one after the other, and the rows of each are added up as maps of one row,
+    which vectorises; only their sum is summed over images and columns. Summed over all at once, a
+    product as large as the map would be written to memory for each tap: that takes 2 to 3 times as
+    long (benchmarks/convolutions.py) and six times the memory. Images stay a dimension of their
+    own, so that a sharded batch stays where it is.
+    """
+    batch, height, width, channels = gradient.shape
+    # A power of two up to 16 leaves no rest at the sizes of these networks.
+    band = math.gcd(height, 16)
+    dtype = np.promote_types(x.dtype, np.float32)
+    padded = _pad(x, dilation, kernel)
+    taps = list(np.ndindex(kernel.shape[:2]))
+    reach = stride * (band - 1) + dilation * (kernel.shape[0] - 1) + 1
+
+    def add_band(index: Array, sums: list[Array]) -> list[Array]:
+        rows = lax.dynamic_slice_in_dim(padded, stride * band * index, reach, 1).astype(dtype)
+        factors = lax.dynamic_slice_in_dim(gradient, band * index, band, 1).astype(dtype)
+
+        def products(row: int, column: int) -> Iterator[Array]:
+            left = dilation * column
+            columns = slice(left, left + stride * (width - 1) + 1, stride)
+            for i in range(band):
+                yield rows[:, stride * i + dilation * row, columns] * factors[:, i]
+
+        return [
+            functools.reduce(jnp.add, products(*tap), s) for tap, s in zip(taps, sums, strict=True)
+        ]
+
+    zeros = [jnp.zeros((batch, width, channels), dtype)] * len(taps)
+    sums = lax.fori_loop(0, height // band, add_band, zeros)
+    by_tap = jnp.stack([each.sum((0, 1)) for each in sums])
+    return by_tap.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _pad(x: FeatureMap, dilation: int, kernel: Kernel) -> FeatureMap:
+    rows, columns = (dilation * (size // 2) for size in kernel.shape[:2])
+    return jnp.pad(x, ((0, 0), (rows, rows), (columns, columns), (0, 0)))
 
 
 def depth_to_space(x: FeatureMap) -> FeatureMap:

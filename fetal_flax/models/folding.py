@@ -1,8 +1,9 @@
 """A network for evaluation alone: the same function in fewer operations.
 
 Batch norms become part of their convolutions, the head part of the last block. On a CPU, the
-transposed convolutions become part of the convolutions behind them; elsewhere larger kernels with
-an odd number of channels cost more than the operations that they save.
+transposed convolutions become part of the convolutions behind them, unless these are separable: a
+composed kernel would double their operations. Elsewhere larger kernels with an odd number of
+channels cost more than the operations that they save.
 
 At 256×256, what an image's maps take at once is then less than 32 MB, which is what glibc keeps
 from one call to the next: more, the system would have to find and clear anew for each.
@@ -21,7 +22,7 @@ from fetal_flax.models.convolution import (
     plain_convolution,
     up_convolution_3x3,
 )
-from fetal_flax.models.layers import Conv, UpConv, per_channel
+from fetal_flax.models.layers import Conv, SeparableConv, UpConv, per_channel
 from fetal_flax.models.unet import MobileNetASPPSEUNet, Network, PlainStage, SEStage
 
 
@@ -32,15 +33,17 @@ def fold(network: Network) -> None:
         fold_head(network)
     if jax.default_backend() == "cpu":
         for part in _modules(network, SEStage, PlainStage):
-            fold_up(part)
+            if isinstance(part.block.first.conv, Conv):
+                fold_up(part)
 
 
 def fold_norms(module: nnx.Module) -> None:
     """Makes every batch norm part of its convolution."""
     for part in _modules(module, ConvNorm):
         gain, shift = part.norm.running_affine()
-        part.conv.kernel.set_value(part.conv.kernel[...] * per_channel(gain))
-        part.conv.bias = nnx.data(nnx.Param(shift))
+        last = part.conv.pointwise if isinstance(part.conv, SeparableConv) else part.conv
+        last.kernel.set_value(last.kernel[...] * per_channel(gain))
+        last.bias = nnx.data(nnx.Param(shift))
         part.norm = None
 
 
@@ -50,7 +53,7 @@ def fold_head(network: MobileNetASPPSEUNet) -> None:
     assert head is not None and head.bias is not None, "folded before"
     assert block.shortcut is not None, "a concatenation has more channels than the stage"
     shortcut, kernel = block.shortcut.conv, head.kernel[...][0, 0]
-    assert shortcut.bias is not None, "batch norms are folded first"
+    assert isinstance(shortcut, Conv) and shortcut.bias is not None, "batch norms are folded first"
     shortcut.kernel.set_value(shortcut.kernel[...] @ kernel)
     shortcut.bias.set_value(shortcut.bias[...] @ kernel + head.bias[...])
     block.se = HeadedSqueezeExcite(block.se, kernel)
@@ -80,10 +83,13 @@ def fold_up(stage: SEStage | PlainStage) -> None:
     skip_first = isinstance(stage, PlainStage) and stage.skip_first
     block, up = stage.block, stage.up
     assert up is not None, "folded before"
-    block.first.conv = FoldedConv(up, block.first.conv, skip_first=skip_first)
+    readers = [block.first]
     if isinstance(block, ResidualSEBlock):
         assert block.shortcut is not None, "a concatenation has more channels than the stage"
-        block.shortcut.conv = FoldedConv(up, block.shortcut.conv, skip_first=skip_first)
+        readers.append(block.shortcut)
+    for reader in readers:
+        assert isinstance(reader.conv, Conv), "separable convolutions read the upsampled map"
+        reader.conv = FoldedConv(up, reader.conv, skip_first=skip_first)
     stage.up = None
 
 

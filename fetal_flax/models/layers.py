@@ -34,7 +34,7 @@ class Conv(nnx.Module):
         size: Kernel height and width, odd.
         stride: Step in both directions.
         dilation: Distance between taps.
-        depthwise: One filter per channel; needs `inputs == outputs`, size 3, dilation 1.
+        depthwise: One filter per channel; needs `inputs == outputs`.
         bias: Whether a bias is added.
         kernel_init: What the kernel is drawn from; None is torch's default.
         rngs: Source of the `params` stream.
@@ -71,6 +71,28 @@ class Conv(nnx.Module):
             depthwise=self.depthwise,
         )
         return y if self.bias is None else y + per_channel(self.bias[...].astype(y.dtype))
+
+
+class SeparableConv(nnx.Module):
+    """A depthwise convolution and a 1×1 convolution, nothing between (Chollet, CVPR 2017).
+
+    For 9 · inputs + inputs · outputs weights it sees what a 3×3 convolution of 9 · inputs · outputs
+    sees.
+
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        size: Height and width of the depthwise kernel, odd.
+        dilation: Distance between its taps.
+        rngs: Source of the `params` stream.
+    """
+
+    def __init__(self, inputs: int, outputs: int, size: int, *, dilation: int = 1, rngs: nnx.Rngs):
+        self.depthwise = Conv(inputs, inputs, size, dilation=dilation, depthwise=True, rngs=rngs)
+        self.pointwise = Conv(inputs, outputs, 1, rngs=rngs)
+
+    def __call__(self, *maps: FeatureMap) -> FeatureMap:
+        return self.pointwise(self.depthwise(*maps))
 
 
 class UpConv(nnx.Module):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from fetal_flax.config import ModelConfig
 from fetal_flax.errors import InputError
-from fetal_flax.models.aspp import ASPP, POOL_GROUPS
+from fetal_flax.models.aspp import ASPP, WIDTH_UNIT
 from fetal_flax.models.blocks import (
     ConvNorm,
     DoubleConv,
@@ -34,21 +34,44 @@ Maps = tuple[FeatureMap, ...]
 INIT_CHANNELS = 32
 BOTTLENECK_CHANNELS = 512
 DECODER_CHANNELS = (256, 128, 64, 32, 32)  # stages 5 to 1
-SKIP_CHANNELS = (*TAP_CHANNELS[3::-1], INIT_CHANNELS)  # enc4 to enc1, then enc0
+SKIP_CHANNELS = TAP_CHANNELS[3::-1]  # enc4 to enc1; enc0 is as wide as `init_conv`
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Where the written description and the published code differ."""
+    """What the variants of the proposed network differ in; defaults are what two have in common."""
 
     aspp_width: int
-    relu_after_sum: bool
-    se_bias: bool
+    """Channels of each ASPP branch."""
+    relu_after_sum: bool = False
+    """Whether an SE-residual block's second ReLU is behind its sum."""
+    se_bias: bool = False
+    """Whether the dense layers of squeeze-excite have biases."""
+    pool_groups: int = 32
+    """Groups of the norm in ASPP's pooled branch."""
+    aspp_separable: bool = False
+    """Whether the dilated convolutions are separable."""
+    init_channels: int = INIT_CHANNELS
+    bottleneck_channels: int = BOTTLENECK_CHANNELS
+    """Channels behind ASPP's projection."""
+    decoder_channels: tuple[int, ...] = DECODER_CHANNELS
+    """Outputs of stages 5 to 1."""
+    dense_stages: int = len(DECODER_CHANNELS)
+    """Stages with dense 3×3 convolutions, counted from the fifth; the others' are separable."""
 
 
 VARIANTS = {
-    "described": Variant(aspp_width=128, relu_after_sum=False, se_bias=False),
+    "described": Variant(aspp_width=128),
     "published": Variant(aspp_width=512, relu_after_sum=True, se_bias=True),
+    "compact": Variant(
+        aspp_width=64,
+        pool_groups=8,
+        aspp_separable=True,
+        init_channels=16,
+        bottleneck_channels=128,
+        decoder_channels=(96, 80, 64, 32, 16),
+        dense_stages=3,
+    ),
 }
 
 
@@ -59,11 +82,21 @@ class SEStage(nnx.Module):
         inputs: Channels of the map from below.
         skip: Channels of the skip.
         outputs: Output channels.
-        variant: Described or published.
+        variant: Whose block it is.
+        separable: Whether the block's convolutions are separable.
         rngs: Source of the `params` stream.
     """
 
-    def __init__(self, inputs: int, skip: int, outputs: int, variant: Variant, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        skip: int,
+        outputs: int,
+        variant: Variant,
+        *,
+        separable: bool = False,
+        rngs: nnx.Rngs,
+    ):
         self.up: UpConv | None = UpConv(inputs, outputs, rngs=rngs)
         self.skip_se = SqueezeExcite(skip, bias=variant.se_bias, rngs=rngs)
         self.block = ResidualSEBlock(
@@ -71,6 +104,7 @@ class SEStage(nnx.Module):
             outputs,
             relu_after_sum=variant.relu_after_sum,
             se_bias=variant.se_bias,
+            separable=separable,
             rngs=rngs,
         )
 
@@ -114,20 +148,30 @@ class MobileNetASPPSEUNet(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         variant = VARIANTS[config.variant]
         width = config.aspp_width or variant.aspp_width
-        if width % POOL_GROUPS:
-            raise InputError(f"setting model.aspp_width must be a multiple of 32, not {width}")
+        if width % WIDTH_UNIT:
+            raise InputError(
+                f"setting model.aspp_width must be a multiple of {WIDTH_UNIT}, not {width}"
+            )
         self.config = config
-        self.init_conv = ConvNorm(config.in_channels, INIT_CHANNELS, 3, rngs=rngs)
+        self.init_conv = ConvNorm(config.in_channels, variant.init_channels, 3, rngs=rngs)
         self.encoder = MobileNetV2(config.in_channels, rngs=rngs)
         self.aspp = ASPP(
-            TAP_CHANNELS[-1], width, BOTTLENECK_CHANNELS, dropout=config.dropout, rngs=rngs
+            TAP_CHANNELS[-1],
+            width,
+            variant.bottleneck_channels,
+            pool_groups=variant.pool_groups,
+            separable=variant.aspp_separable,
+            dropout=config.dropout,
+            rngs=rngs,
         )
-        inputs = (BOTTLENECK_CHANNELS, *DECODER_CHANNELS[:-1])
+        outputs = variant.decoder_channels
+        inputs = (variant.bottleneck_channels, *outputs[:-1])
+        skips = (*SKIP_CHANNELS, variant.init_channels)
         self.stage5, self.stage4, self.stage3, self.stage2, self.stage1 = (
-            SEStage(*channels, variant, rngs=rngs)
-            for channels in zip(inputs, SKIP_CHANNELS, DECODER_CHANNELS, strict=True)
+            SEStage(*channels, variant, separable=index >= variant.dense_stages, rngs=rngs)
+            for index, channels in enumerate(zip(inputs, skips, outputs, strict=True))
         )
-        self.head: Conv | None = Conv(DECODER_CHANNELS[-1], 1, 1, bias=True, rngs=rngs)
+        self.head: Conv | None = Conv(outputs[-1], 1, 1, bias=True, rngs=rngs)
 
     def __call__(
         self,
@@ -138,7 +182,7 @@ class MobileNetASPPSEUNet(nnx.Module):
         dropout_key: Array | None = None,
         maps: Maps | None = None,
     ) -> Logits:
-        """Segments; the shapes in the comments are for 256×256 images.
+        """Segments; the shapes in the comments are for 256×256 images and all but `compact`.
 
         `maps` are what the encoder has made of the images before.
         """
@@ -171,9 +215,10 @@ class MobileNetUNet(nnx.Module):
         self.encoder = MobileNetV2(config.in_channels, rngs=rngs)
         self.bottleneck = DoubleConv(TAP_CHANNELS[-1], BOTTLENECK_CHANNELS, rngs=rngs)
         inputs = (BOTTLENECK_CHANNELS, *DECODER_CHANNELS[:-1])
+        skips = (*SKIP_CHANNELS, INIT_CHANNELS)
         self.stage5, self.stage4, self.stage3, self.stage2, self.stage1 = (
             PlainStage(*channels, skip_first=False, rngs=rngs)
-            for channels in zip(inputs, SKIP_CHANNELS, DECODER_CHANNELS, strict=True)
+            for channels in zip(inputs, skips, DECODER_CHANNELS, strict=True)
         )
         self.head = Conv(DECODER_CHANNELS[-1], 1, 1, bias=True, rngs=rngs)
 

@@ -14,7 +14,8 @@ from fetal_flax.config import LossConfig, ModelConfig, TrainConfig
 TAPS = (1, 3, 6, 13, 18)
 TAP_CHANNELS = (16, 24, 32, 96, 1280)
 DECODER = {5: (512, 256), 4: (256, 128), 3: (128, 64), 2: (64, 32), 1: (32, 32)}
-SKIPS = {5: 96, 4: 32, 3: 24, 2: 16, 1: 32}
+COMPACT_DECODER = {5: (128, 96), 4: (96, 80), 3: (80, 64), 2: (64, 32), 1: (32, 16)}
+SKIPS = {5: 96, 4: 32, 3: 24, 2: 16}
 
 
 def create_reference(model: ModelConfig) -> nn.Module:
@@ -41,21 +42,28 @@ class Encoder(nn.Module):
 
 
 class MobileNetASPPSEUNet(nn.Module):
-    """The proposed network, described or published."""
+    """The proposed network: described, published or compact."""
 
     def __init__(self, model: ModelConfig):
         super().__init__()
-        published = model.variant == "published"
-        width = model.aspp_width or (512 if published else 128)
+        published, compact = model.variant == "published", model.variant == "compact"
+        width = (
+            model.aspp_width or {"described": 128, "published": 512, "compact": 64}[model.variant]
+        )
+        decoder = COMPACT_DECODER if compact else DECODER
+        first = 16 if compact else 32
         self.encoder = Encoder(model.in_channels).features
-        self.init_conv = conv_norm_relu(model.in_channels, 32, 3)
-        self.bottleneck_aspp = ASPP(TAP_CHANNELS[-1], width, 512, model.dropout)
-        for n, (inputs, outputs) in DECODER.items():
-            skip = SKIPS[n]
+        self.init_conv = conv_norm_relu(model.in_channels, first, 3)
+        self.bottleneck_aspp = ASPP(
+            TAP_CHANNELS[-1], width, decoder[5][0], model.dropout, compact=compact
+        )
+        for n, (inputs, outputs) in decoder.items():
+            skip = {1: first, **SKIPS}[n]
+            block = ResidualSEBlock(outputs + skip, outputs, published, compact and n <= 2)
             self.add_module(f"up{n}", nn.ConvTranspose2d(inputs, outputs, 2, stride=2))
             self.add_module(f"skip{n}_se", SqueezeExcite(skip, bias=published))
-            self.add_module(f"dec{n}", ResidualSEBlock(outputs + skip, outputs, published))
-        self.out_conv = nn.Conv2d(32, 1, 1)
+            self.add_module(f"dec{n}", block)
+        self.out_conv = nn.Conv2d(decoder[1][1], 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         skips, deepest = encode(self, images)
@@ -77,7 +85,7 @@ class MobileNetUNet(nn.Module):
         self.bottleneck.conv = double_conv(TAP_CHANNELS[-1], 512)
         for n, (inputs, outputs) in DECODER.items():
             block = nn.Module()
-            block.conv = double_conv(outputs + SKIPS[n], outputs)
+            block.conv = double_conv(outputs + {1: 32, **SKIPS}[n], outputs)
             self.add_module(f"up{n}", nn.ConvTranspose2d(inputs, outputs, 2, stride=2))
             self.add_module(f"dec{n}", block)
         self.out_conv = nn.Conv2d(32, 1, 1)
@@ -125,18 +133,24 @@ class UNet(nn.Module):
 
 
 class ASPP(nn.Module):
-    """1×1, dilated and pooled branches, all of one width, concatenated and projected."""
+    """1×1, dilated and pooled branches, all of one width, concatenated and projected.
 
-    def __init__(self, inputs: int, width: int, outputs: int, dropout: float):
+    The compact one's dilated convolutions are separable, its pooled branch has 8 groups.
+    """
+
+    def __init__(
+        self, inputs: int, width: int, outputs: int, dropout: float, *, compact: bool = False
+    ):
         super().__init__()
         self.conv1x1 = conv_norm_relu(inputs, width, 1)
         self.atrous_convs = nn.ModuleList(
-            conv_norm_relu(inputs, width, 3, dilation) for dilation in (6, 12, 18)
+            conv_norm_relu(inputs, width, 3, dilation, separable=compact)
+            for dilation in (6, 12, 18)
         )
         self.global_avg_pool = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(inputs, width, 1, bias=False),
-            nn.GroupNorm(32, width),
+            nn.GroupNorm(8 if compact else 32, width),
             nn.ReLU(),
         )
         self.project = nn.Sequential(*conv_norm_relu(5 * width, outputs, 1), nn.Dropout(dropout))
@@ -169,11 +183,11 @@ class SqueezeExcite(nn.Module):
 class ResidualSEBlock(nn.Module):
     """Two convolutions, squeeze-excite, shortcut; the variants put the last ReLU differently."""
 
-    def __init__(self, inputs: int, outputs: int, published: bool):
+    def __init__(self, inputs: int, outputs: int, published: bool, separable: bool = False):
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.conv1 = convolution(inputs, outputs, 3, separable=separable)
         self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.conv2 = convolution(outputs, outputs, 3, separable=separable)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.se = SqueezeExcite(outputs, bias=published)
         self.skip_connection = nn.Sequential()
@@ -190,11 +204,25 @@ class ResidualSEBlock(nn.Module):
         return self.se(F.relu(y)) + self.skip_connection(x)
 
 
-def conv_norm_relu(inputs: int, outputs: int, size: int, dilation: int = 1) -> nn.Sequential:
-    """Convolution without bias, batch norm, ReLU."""
-    padding = dilation * (size // 2)
+def convolution(
+    inputs: int, outputs: int, size: int, dilation: int = 1, *, separable: bool = False
+) -> nn.Module:
+    """Convolution without bias; a separable one is a depthwise and a 1×1 convolution."""
+    settings = {"padding": dilation * (size // 2), "dilation": dilation, "bias": False}
+    if not separable:
+        return nn.Conv2d(inputs, outputs, size, **settings)
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, size, padding=padding, dilation=dilation, bias=False),
+        nn.Conv2d(inputs, inputs, size, groups=inputs, **settings),
+        nn.Conv2d(inputs, outputs, 1, bias=False),
+    )
+
+
+def conv_norm_relu(
+    inputs: int, outputs: int, size: int, dilation: int = 1, *, separable: bool = False
+) -> nn.Sequential:
+    """Convolution without bias, batch norm, ReLU."""
+    return nn.Sequential(
+        convolution(inputs, outputs, size, dilation, separable=separable),
         nn.BatchNorm2d(outputs),
         nn.ReLU(),
     )

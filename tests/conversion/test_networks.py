@@ -31,7 +31,9 @@ MODELS = {
     "published": ModelConfig(variant="published"),
     "mobilenet_unet": ModelConfig(name="mobilenet_unet"),
     "unet": SMALL,
+    "compact": ModelConfig(variant="compact"),
     "aspp_width": ModelConfig(variant="published", aspp_width=64),
+    "compact_aspp_width": ModelConfig(variant="compact", aspp_width=32),
     "rgb": ModelConfig(in_channels=3, aspp_width=32),
 }
 
@@ -234,18 +236,18 @@ def test_equal_tensors_make_equal_files(small_directory, tmp_path, monkeypatch, 
 
 
 def test_names_are_inverse_and_every_rule_is_used():
-    unused = {}
-    networks: dict[str, torch.nn.Module] = {ENCODER: Encoder(3)}
-    for name in ("mobilenet_unet", "unet", "mobilenet_aspp_se_unet"):
+    unused = {name: {rule.torch for rule in table} for name, table in TABLES.items()}
+    networks: list[tuple[str, torch.nn.Module]] = [(ENCODER, Encoder(3))]
+    for model in (*MODELS.values(), ModelConfig(name="unet")):
         with torch.device("meta"):  # only names
-            networks[name] = create_reference(ModelConfig(name=name, variant="published"))
-    for name, network in networks.items():
+            networks.append((model.name, create_reference(model)))
+    for name, network in networks:
         names = {n for n in network.state_dict() if not IGNORED.fullmatch(n)}
         for torch_name in names:
             ours = find(torch_name, TABLES[name])
             assert ours is not None
             assert find_inverse(ours[0], TABLES[name]) == (torch_name, ours[1])
-        unused[name] = {rule.torch for rule in TABLES[name]} - names
+        unused[name] -= names
     assert unused == {
         ENCODER: set(),
         "mobilenet_unet": set(),
@@ -390,6 +392,17 @@ def test_a_variant_with_half_of_its_biases_lacks_the_others(narrow, tmp_path):
     message = refusal(tensors, tmp_path / "a.pth")
     assert "doesn't fit mobilenet_aspp_se_unet (published)" in message
     assert message.count("missing ") == 5
+
+
+def test_a_compact_network_with_a_dense_convolution_is_listed_as_compact(tmp_path):
+    model = MODELS["compact"]
+    tensors = dict(create_reference(model).state_dict())
+    del tensors["dec2.conv1.0.weight"], tensors["dec2.conv1.1.weight"]
+    tensors["dec2.conv1.weight"] = torch.zeros(32, 48, 3, 3)
+    message = refusal(tensors, tmp_path / "a.pth")
+    assert "doesn't fit mobilenet_aspp_se_unet (compact)" in message
+    assert message.count("missing dec2.conv1.") == 2
+    assert "surplus dec2.conv1.weight with" in message
 
 
 @pytest.mark.parametrize("width", [0, 48, 5000])

@@ -32,6 +32,7 @@ class Place(NamedTuple):
 
 SKIP_SE = Place("mobilenet_aspp_se_unet", "stage5/skip_se", "skip5_se")
 SE_BLOCK = Place("mobilenet_aspp_se_unet", "stage5/block", "dec5")
+SEPARABLE_BLOCK = Place("mobilenet_aspp_se_unet", "stage1/block", "dec1")
 BOTTLENECK = Place("mobilenet_aspp_se_unet", "aspp", "bottleneck_aspp")
 DOUBLE_CONV = Place("unet", "down1", "inc.double_conv")
 QUICK_COMPILATION = {
@@ -144,6 +145,13 @@ def test_residual_se_block_is_torchs(inputs, published):
     assert_same_block(ours, theirs, SE_BLOCK, random_map(2, 6, 4, inputs))
 
 
+def test_separable_residual_se_block_is_torchs():
+    options = {"relu_after_sum": False, "se_bias": False, "separable": True}
+    ours = ResidualSEBlock(6, 32, **options, rngs=nnx.Rngs(0))
+    theirs = reference.ResidualSEBlock(6, 32, False, separable=True)
+    assert_same_block(ours, theirs, SEPARABLE_BLOCK, random_map(2, 6, 4, 6))
+
+
 def test_double_conv_is_torchs():
     ours = DoubleConv(3, 5, rngs=nnx.Rngs(0))
     assert_same_block(ours, reference.double_conv(3, 5), DOUBLE_CONV, random_map(2, 6, 4, 3))
@@ -153,6 +161,12 @@ def test_double_conv_is_torchs():
 def test_aspp_without_dropout_is_torchs(sides):
     ours = ASPP(6, 64, 8, dropout=0, rngs=nnx.Rngs(0))
     assert_same_block(ours, reference.ASPP(6, 64, 8, 0.0), BOTTLENECK, random_map(2, *sides, 6))
+
+
+def test_compact_aspp_without_dropout_is_torchs():
+    ours = ASPP(6, 64, 8, pool_groups=8, separable=True, dropout=0, rngs=nnx.Rngs(0))
+    theirs = reference.ASPP(6, 64, 8, 0.0, compact=True)
+    assert_same_block(ours, theirs, BOTTLENECK, random_map(2, 9, 8, 6))
 
 
 def test_aspp_drops_out_after_the_projection_in_training_only():

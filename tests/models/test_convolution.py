@@ -1,10 +1,12 @@
 import functools
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from fetal_flax.models import convolution as forms
 from fetal_flax.models.convolution import (
@@ -50,16 +52,41 @@ def _assert_same(form: Callable, plain: Callable, x: jax.Array, kernel: jax.Arra
         assert np.linalg.norm(result - reference) <= 1e-12 * np.linalg.norm(reference)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [(8, 8), (7, 10), (5, 9), (1, 2)])
-def test_depthwise_by_shifts_equals_the_grouped_convolution(size, stride):
-    x, kernel = _random(2, *size, 5), _random(3, 3, 1, 5, seed=1)
+def _assert_depthwise(
+    size: tuple[int, int], taps: tuple[int, int], dilation: int, stride: int
+) -> None:
     _assert_same(
-        lambda x, k: depthwise_by_shifts(x, k, stride),
-        lambda x, k: plain_convolution(x, k, stride=stride, depthwise=True),
-        x,
-        kernel,
+        lambda x, k: depthwise_by_shifts(stride, dilation, x, k),
+        lambda x, k: plain_convolution(x, k, stride=stride, dilation=dilation, depthwise=True),
+        _random(2, *size, 5),
+        _random(*taps, 1, 5, seed=1),
     )
+
+
+# The kernel's gradient adds up bands of 1 to 16 rows: one, one after the other, and single rows.
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (5, 9), (1, 2), (48, 3)])
+def test_depthwise_by_shifts_equals_the_grouped_convolution(size, stride):
+    _assert_depthwise(size, (3, 3), 1, stride)
+
+
+@pytest.mark.parametrize(
+    ("size", "taps", "dilation"),
+    [((8, 8), (3, 3), 6), ((32, 5), (3, 3), 2), ((4, 6), (1, 1), 1), ((9, 20), (1, 3), 12)],
+)
+def test_depthwise_by_shifts_takes_any_taps_and_dilation(size, taps, dilation):
+    _assert_depthwise(size, taps, dilation, 1)
+
+
+@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 8)),
+    taps=st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([1, 3])),
+    dilation=st.integers(1, 18),
+    stride=st.integers(1, 3),
+)
+def test_depthwise_by_shifts_is_the_grouped_convolution_at_every_size(size, taps, dilation, stride):
+    _assert_depthwise(size, taps, dilation, stride)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -75,12 +102,14 @@ def test_nhwc_convolution_and_its_own_gradients_equal_the_plain_form(size, taps,
     )
 
 
-def test_weight_gradient_of_bfloat16_is_summed_in_float32():
+@pytest.mark.parametrize("form", [nhwc_convolution, depthwise_by_shifts])
+def test_weight_gradient_of_bfloat16_is_summed_in_float32(form):
     # 256 + 1 is 256 in bfloat16, whose eight bits would lose every row but the first.
     x = jnp.ones((1, 512, 1, 1), jnp.bfloat16).at[0, 0].set(256)
     kernel = jnp.ones((1, 1, 1, 1), jnp.bfloat16)
-    _, pullback = jax.vjp(functools.partial(nhwc_convolution, 1, 1), x, kernel)
+    _, pullback = jax.vjp(functools.partial(form, 1, 1), x, kernel)
     _, by_kernel = pullback(jnp.ones((1, 512, 1, 1), jnp.bfloat16))
+    assert by_kernel.dtype == jnp.bfloat16
     assert float(by_kernel[0, 0, 0, 0]) == pytest.approx(256 + 511, rel=2**-8)
 
 
@@ -115,14 +144,27 @@ def test_live_taps_are_those_that_reach_the_map(dilation, size, taps):
     assert (live[taps[0] // 2, taps[1] // 2] == kernel[1, 1]).all()
 
 
+@pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize("dilation", [12, 18])
-def test_gradient_of_a_dead_tap_is_exactly_zero(dilation):
-    x, kernel = _random(2, 8, 8, 3), _random(3, 3, 3, 4, seed=1)
-    _, _, gradient = _outputs(lambda x, k: convolution(x, k, dilation=dilation), x, kernel)
+def test_gradient_of_a_dead_tap_is_exactly_zero(dilation, depthwise):
+    x, kernel = _random(2, 8, 8, 3), _random(3, 3, *((1, 3) if depthwise else (3, 4)), seed=1)
+    form = functools.partial(convolution, dilation=dilation, depthwise=depthwise)
+    _, _, gradient = _outputs(form, x, kernel)
     gradient = np.array(gradient)
     assert np.abs(gradient[1, 1]).min() > 0
     gradient[1, 1] = 0
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("dilation", [6, 12])
+def test_a_dilated_depthwise_convolution_equals_all_taps(dilation):
+    settings = {"dilation": dilation, "depthwise": True}
+    _assert_same(
+        functools.partial(convolution, **settings),
+        functools.partial(plain_convolution, **settings),
+        _random(2, 8, 8, 5),
+        _random(3, 3, 1, 5, seed=1),
+    )
 
 
 def test_dilation_of_12_on_a_map_of_8_is_a_convolution_1x1():
@@ -156,9 +198,11 @@ def test_convolution_equals_the_plain_form_whatever_it_picks(sides, size, stride
     ("form", "side", "size", "options"),
     [
         ("depthwise_by_shifts", 6, 3, {"depthwise": True, "stride": 2}),
+        ("depthwise_by_shifts", 8, 3, {"depthwise": True, "dilation": 6}),
         ("nhwc_convolution", 6, 1, {}),
         ("nhwc_convolution", 6, 3, {"stride": 2}),
         ("live_taps", 6, 3, {"dilation": 2}),
+        ("live_taps", 6, 3, {"depthwise": True, "dilation": 12}),
     ],
 )
 def test_convolution_uses_the_fast_form_on_a_cpu(monkeypatch, form, side, size, options):

@@ -21,6 +21,7 @@ DESCRIBED = ModelConfig(aspp_width=32)
 LARGE = (
     DESCRIBED,
     ModelConfig(variant="published", aspp_width=32, in_channels=3),
+    ModelConfig(variant="compact"),
     ModelConfig(name="mobilenet_unet"),
 )
 

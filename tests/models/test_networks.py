@@ -19,6 +19,7 @@ QUICK_COMPILATION = {
 }
 DESCRIBED = ModelConfig()
 PUBLISHED = ModelConfig(variant="published")
+COMPACT = ModelConfig(variant="compact")
 MOBILENET_UNET = ModelConfig(name="mobilenet_unet")
 UNET = ModelConfig(name="unet")
 SMALL_UNET = ModelConfig(name="unet", base_width=4)
@@ -75,10 +76,11 @@ def _differing(ours: dict, theirs: dict) -> set[str]:
     [
         (DESCRIBED, 10_012_177),
         (PUBLISHED, 25_253_893),
+        (COMPACT, 3_340_305),
         (MOBILENET_UNET, 13_057_089),
         (UNET, 7_762_465),
     ],
-    ids=["described", "published", "mobilenet_unet", "unet"],
+    ids=["described", "published", "compact", "mobilenet_unet", "unet"],
 )
 def test_parameter_counts_are_exact(config, total):
     assert _size(functional.shapes(config).params) == total
@@ -86,8 +88,8 @@ def test_parameter_counts_are_exact(config, total):
 
 @pytest.mark.parametrize(
     ("config", "trainable"),
-    [(DESCRIBED, 7_788_881), (PUBLISHED, 23_030_597)],
-    ids=["described", "published"],
+    [(DESCRIBED, 7_788_881), (PUBLISHED, 23_030_597), (COMPACT, 1_117_009)],
+    ids=["described", "published", "compact"],
 )
 def test_parameters_of_encoder_and_of_the_rest_are_exact(config, trainable):
     params = functional.shapes(config).params
@@ -97,7 +99,14 @@ def test_parameters_of_encoder_and_of_the_rest_are_exact(config, trainable):
 
 @pytest.mark.parametrize(
     ("config", "channels"),
-    [(DESCRIBED, 1), (DESCRIBED, 3), (PUBLISHED, 1), (MOBILENET_UNET, 3), (SMALL_UNET, 3)],
+    [
+        (DESCRIBED, 1),
+        (DESCRIBED, 3),
+        (PUBLISHED, 1),
+        (COMPACT, 1),
+        (MOBILENET_UNET, 3),
+        (SMALL_UNET, 3),
+    ],
     ids=str,
 )
 def test_logits_have_the_size_of_the_images(config, channels):
@@ -134,7 +143,12 @@ def test_an_aspp_width_that_groups_cannot_share_is_refused():
         functional.shapes(ModelConfig(aspp_width=48))
 
 
-def test_intermediate_maps_have_the_documented_shapes(monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "bottleneck", "stages"),
+    [(DESCRIBED, 512, (256, 128, 64, 32, 32)), (COMPACT, 128, (96, 80, 64, 32, 16))],
+    ids=["described", "compact"],
+)
+def test_intermediate_maps_have_the_documented_shapes(monkeypatch, config, bottleneck, stages):
     shapes = {}
 
     def record(module: type, name: str, number: Callable) -> None:
@@ -150,15 +164,15 @@ def test_intermediate_maps_have_the_documented_shapes(monkeypatch):
     record(mobilenet_v2.MobileNetV2, "encoder", lambda y: "")
     record(aspp.ASPP, "aspp", lambda y: "")
     record(unet.SEStage, "stage", lambda y: 9 - y.shape[1].bit_length() + 1)
-    assert _shape(DESCRIBED, 2, 256, 256, 1) == (2, 256, 256, 1)
+    assert _shape(config, 2, 256, 256, 1) == (2, 256, 256, 1)
     assert shapes == {
         "encoder": [(128, 128, 16), (64, 64, 24), (32, 32, 32), (16, 16, 96), (8, 8, 1280)],
-        "aspp": (8, 8, 512),
-        "stage5": (16, 16, 256),
-        "stage4": (32, 32, 128),
-        "stage3": (64, 64, 64),
-        "stage2": (128, 128, 32),
-        "stage1": (256, 256, 32),
+        "aspp": (8, 8, bottleneck),
+        "stage5": (16, 16, stages[0]),
+        "stage4": (32, 32, stages[1]),
+        "stage3": (64, 64, stages[2]),
+        "stage2": (128, 128, stages[3]),
+        "stage1": (256, 256, stages[4]),
     }
 
 
@@ -174,6 +188,27 @@ def test_published_differs_from_described_where_it_is_documented():
     assert all(name.startswith("aspp/") for name in other_shape)
     assert described.params["aspp/project/conv/kernel"].shape == (1, 1, 640, 512)
     assert published.params["aspp/project/conv/kernel"].shape == (1, 1, 2560, 512)
+
+
+def test_compact_is_separable_where_it_is_documented():
+    names = functional.shapes(COMPACT).params
+    blocks = {name.split("/pointwise/")[0] for name in names if "/pointwise/" in name}
+    places = [f"stage{n}/block/{conv}/conv" for n in (2, 1) for conv in ("first", "second")]
+    assert blocks == {*places, *(f"aspp/atrous/{n}/conv" for n in range(3))}
+    assert "stage3/block/first/conv/kernel" in names
+    # Nothing between the depthwise and the 1×1 convolution.
+    assert not any("depthwise/norm" in name for name in names if not name.startswith("encoder/"))
+
+
+def test_the_pooled_branch_of_compact_depends_on_the_image():
+    variant = unet.VARIANTS["compact"]
+    branch = aspp.ASPP(
+        8, variant.aspp_width, 4, pool_groups=variant.pool_groups, dropout=0, rngs=nnx.Rngs(0)
+    )
+    pooled = branch.pool_norm(branch.pool_conv(_images(2, 1, 1, 8)))
+    # Of two channels a group, each would be 1 or −1.
+    distinct = np.unique(np.abs(np.round(np.asarray(pooled), 2)))
+    assert len(distinct) > variant.aspp_width // 2
 
 
 @pytest.mark.parametrize("config", [DESCRIBED, PUBLISHED], ids=["described", "published"])

@@ -2,10 +2,11 @@ import pytest
 
 from fetal_flax.config import ModelConfig
 from fetal_flax.errors import InputError
-from fetal_flax.models.summary import Part, Summary, summarize
+from fetal_flax.models.summary import DESCRIPTION, Part, Summary, summarize
 
 DESCRIBED = ModelConfig(variant="described")
 PUBLISHED = ModelConfig(variant="published")
+COMPACT = ModelConfig(variant="compact")
 
 
 def part(summary: Summary, name: str) -> Part:
@@ -17,14 +18,33 @@ def part(summary: Summary, name: str) -> Part:
     [
         (DESCRIBED, 10_012_177, 7_788_881, 2_223_296),
         (PUBLISHED, 25_253_893, 23_030_597, 2_223_296),
+        (COMPACT, 3_340_305, 1_117_009, 2_223_296),
         (ModelConfig(name="mobilenet_unet"), 13_057_089, 10_833_793, 2_223_296),
         (ModelConfig(name="unet"), 7_762_465, 7_762_465, 0),
     ],
-    ids=["described", "published", "mobilenet_unet", "unet"],
+    ids=["described", "published", "compact", "mobilenet_unet", "unet"],
 )
 def test_parameters_are_those_of_the_published_networks(config, total, trainable, frozen):
     counted = summarize(config, encoder_trainable=False).total
     assert (counted.parameters, counted.trainable, counted.frozen) == (total, trainable, frozen)
+
+
+def test_compact_keeps_to_the_descriptions_budget():
+    total = summarize(COMPACT, encoder_trainable=False).total
+    assert total.parameters <= DESCRIPTION["parameters"]
+    assert total.trainable <= DESCRIPTION["trainable"]
+    assert 2 * total.macs <= DESCRIPTION["gflops"] * 1e9
+    # What the description calls 13 MB are its parameters in float32, 13.6.
+    assert 4 * total.parameters <= 13.7e6
+    assert total.macs == 1_309_142_960
+
+
+def test_macs_of_a_separable_convolution_are_those_of_its_two_parts():
+    stage = part(summarize(COMPACT, False, image_size=(32, 32)), "stage1")
+    up, shortcut = 16 * 16 * 32 * (2 * 2 * 16), 32 * 32 * 32 * 16
+    convolutions = 32 * 32 * (9 * 32 + 32 * 16 + 9 * 16 + 16 * 16)
+    dense = 2 * (2 * 16 * 1)
+    assert stage.macs == up + shortcut + convolutions + dense
 
 
 def test_only_a_frozen_encoder_is_frozen():

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 POS_WEIGHT = 2.3
 DESCRIBED = ModelConfig()
 PUBLISHED = ModelConfig(variant="published")
+COMPACT = ModelConfig(variant="compact")
 MOBILENET_UNET = ModelConfig(name="mobilenet_unet")
 UNET = ModelConfig(name="unet")
 SMALL_UNET = TrainConfig(model=ModelConfig(name="unet", base_width=4))
@@ -55,6 +56,7 @@ def _changed(pair: Pair, name: str, factor: float) -> Pair:
     [
         (DESCRIBED, 1, (320, 224)),
         (PUBLISHED, 4, (256, 256)),
+        (COMPACT, 1, (256, 256)),
         (MOBILENET_UNET, 4, (320, 224)),
         (UNET, 1, (256, 256)),
     ],
@@ -162,7 +164,9 @@ def test_the_pair_is_not_changed(make_batch, small_pair):
             np.testing.assert_array_equal(array, ours[name])
 
 
-@pytest.mark.parametrize("model", [DESCRIBED, MOBILENET_UNET, UNET], ids=lambda model: model.name)
+@pytest.mark.parametrize(
+    "model", [DESCRIBED, COMPACT, MOBILENET_UNET, UNET], ids=lambda model: model.title
+)
 def test_stages_are_places_of_both_networks(model):
     network = reference.create_reference(model)
     names = [*functional.shapes(model).params]

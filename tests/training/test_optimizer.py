@@ -28,6 +28,7 @@ SHAPES = {"head/kernel": (3, 4), "head/bias": (4,), "encoder/a": (2, 5), "encode
 NETWORKS = [
     ModelConfig(),
     ModelConfig(variant="published"),
+    ModelConfig(variant="compact"),
     ModelConfig(name="mobilenet_unet"),
     ModelConfig(name="unet"),
 ]
