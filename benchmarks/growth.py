@@ -125,7 +125,9 @@ def data_set(count: int, backend: str, side: int) -> None:
         megabytes = sum(array.nbytes for array in images) / 1e6
         order = TrainingOrder(tuple(range(count)), AugmentationConfig(), 0, BATCH)
         recipes = training_recipes(order, size, split_into_calls(1, steps, 0, steps))
-        gather = jax.jit(lambda images, recipe: gather_batch(images, jax.tree.map(first, recipe), 1))
+        gather = jax.jit(
+            lambda images, recipe: gather_batch(images, jax.tree.map(first, recipe), 1)
+        )
         sharding = step_sharding(mesh)
         ready = (gather(images, jax.device_put(recipe, sharding)) for recipe in recipes)
     jax.block_until_ready(next(ready))

@@ -24,6 +24,7 @@ import rich.box
 import rich.console
 import rich.table
 
+from fetal_flax._util.machine import available_cpus
 from fetal_flax.config import (
     DataConfig,
     EncoderConfig,
@@ -32,7 +33,6 @@ from fetal_flax.config import (
     TrainConfig,
 )
 from fetal_flax.data.batch import Batch
-from fetal_flax.data.workers import available_cpus
 from fetal_flax.inference.predictor import Predictor
 from fetal_flax.models import functional
 from fetal_flax.models.summary import summarize

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import absl.logging
 import tyro
 
-from fetal_flax.compilation_cache import keep_compilations
+from fetal_flax._util.compilation_cache import keep_compilations
 from fetal_flax.config import DataConfig, ModelConfig, TestTimeAugmentation, TrainConfig
 from fetal_flax.errors import InputError, Interrupted, RunError, printable
 from fetal_flax.parity.settings import ParitySettings
@@ -322,7 +322,7 @@ class Benchmark:
         import rich.console
 
         from fetal_flax import benchmark
-        from fetal_flax.files import json_bytes, write_atomically
+        from fetal_flax._util.files import json_bytes, write_atomically
 
         report = benchmark.benchmark(
             self.model,

@@ -55,7 +55,7 @@ NETWORKS = {
 
 def child(arguments: list[str]) -> int:
     """Trains as `fetal-flax train` does, and says on stdout which phase it enters."""
-    from fetal_flax.compilation_cache import keep_compilations
+    from fetal_flax._util.compilation_cache import keep_compilations
     from fetal_flax.config import DataConfig
 
     keep_compilations(DataConfig.cache_dir)  # Before anything imports JAX.

@@ -47,6 +47,7 @@ import torch
 from hypothesis import strategies as st
 
 from fetal_flax import checkpoints, cli
+from fetal_flax._util.files import json_bytes
 from fetal_flax.config import ModelConfig, TrainConfig, from_dict, to_dict
 from fetal_flax.conversion.networks import convert_state_dict
 from fetal_flax.conversion.tables import TABLES
@@ -54,7 +55,6 @@ from fetal_flax.conversion.torch_file import read_state_dict
 from fetal_flax.conversion.transfer import to_torch
 from fetal_flax.data import hc18
 from fetal_flax.errors import InputError
-from fetal_flax.files import json_bytes
 from fetal_flax.inference.sources import pixel_sizes
 from fetal_flax.models import functional
 from fetal_flax.training.workdir import read_config

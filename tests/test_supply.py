@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("*.py", "benchmarks/*.py", "configs/*.py", "fetal_flax/**/*.py", "reliability/*.py")
 OURS = sorted(path for pattern in FOLDERS for path in ROOT.glob(pattern))
 # The second to find a port for two processes on this machine.
-OPENS_CONNECTIONS = {"fetal_flax/download.py", "reliability/faults.py"}
+OPENS_CONNECTIONS = {"fetal_flax/_util/download.py", "reliability/faults.py"}
 UNPICKLERS = {"cloudpickle", "dill", "joblib", "marshal", "shelve", "_pickle"}
 NETWORK = {"ftplib", "http", "requests", "socket", "ssl", "urllib", "urllib3", "httpx", "aiohttp"}
 

@@ -22,18 +22,18 @@ import rich.progress
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
-from fetal_flax.config import DataConfig
-from fetal_flax.data import hc18
-from fetal_flax.data.images import decode_gray, encode_png
-from fetal_flax.data.workers import (
+from fetal_flax._util.files import locked
+from fetal_flax._util.machine import (
     MISSING_GUARD,
     available_cpus,
     can_start_workers,
     require_main_guard,
     start_worker,
 )
+from fetal_flax.config import DataConfig
+from fetal_flax.data import hc18
+from fetal_flax.data.images import decode_gray, encode_png
 from fetal_flax.errors import InputError
-from fetal_flax.files import locked
 
 _SPLIT = "train"  # TFDS reserves "all"; the split into training and validation is splits.py's.
 _PHANTOMS_PER_WORKER = 32  # Fewer don't repay the start of a worker process.

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
+from fetal_flax._util.files import json_bytes, write_atomically
+from fetal_flax._util.machine import available_cpus
 from fetal_flax.data.builders import Dataset
 from fetal_flax.data.images import resize_mask
-from fetal_flax.data.workers import available_cpus
 from fetal_flax.errors import InputError
-from fetal_flax.files import json_bytes, write_atomically
 
 Counts = Int64[np.ndarray, " records"]
 

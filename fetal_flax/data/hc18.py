@@ -24,10 +24,10 @@ import rich.console
 import rich.progress
 from jaxtyping import UInt8
 
+from fetal_flax._util.download import fetch
+from fetal_flax._util.machine import available_cpus
 from fetal_flax.data.images import read_gray
 from fetal_flax.data.masks import fill_outline
-from fetal_flax.data.workers import available_cpus
-from fetal_flax.download import fetch
 from fetal_flax.errors import InputError, printable
 
 IMAGES = "training_set"

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from absl import flags
 
+from fetal_flax._util.machine import available_cpus, can_start_workers, start_worker
 from fetal_flax.config import AugmentationConfig, DataConfig
 from fetal_flax.data.augmentation import Transform, apply_transform
 from fetal_flax.data.batch import Batch
 from fetal_flax.data.builders import Dataset
 from fetal_flax.data.images import network_mask, resize_image
 from fetal_flax.data.order import TrainingOrder, shard_rows
-from fetal_flax.data.workers import available_cpus, can_start_workers, start_worker
 
 
 class WorkerDiedError(Exception):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fetal_flax._util.files import json_bytes, write_atomically
 from fetal_flax.errors import InputError
-from fetal_flax.files import json_bytes, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fetal_flax._util.files import write_atomically
 from fetal_flax.evaluation.report import Row
-from fetal_flax.files import write_atomically
 
 WORST_CASES = 12
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from fetal_flax import checkpoints
+from fetal_flax._util.files import csv_bytes, write_atomically
 from fetal_flax.config import TestTimeAugmentation
 from fetal_flax.evaluation import pictures
 from fetal_flax.evaluation.gestation import gestational_age
@@ -17,7 +18,6 @@ from fetal_flax.evaluation.head import OUTLINE_PX, Head, largest_region, measure
 from fetal_flax.evaluation.metrics import segmentation_metrics
 from fetal_flax.evaluation.quality import Quality, assess
 from fetal_flax.evaluation.report import write_mask
-from fetal_flax.files import csv_bytes, write_atomically
 from fetal_flax.inference.predictor import (
     NetworkLogits,
     Predictor,

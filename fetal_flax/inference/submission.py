@@ -9,9 +9,9 @@ import dataclasses
 import math
 from pathlib import Path
 
+from fetal_flax._util.files import csv_bytes, write_atomically
 from fetal_flax.config import TestTimeAugmentation
 from fetal_flax.data.ellipse import Ellipse
-from fetal_flax.files import csv_bytes, write_atomically
 from fetal_flax.inference.predict import measured_images
 
 COLUMNS = (

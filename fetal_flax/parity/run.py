@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fetal_flax import checkpoints
+from fetal_flax._util.files import json_bytes, write_atomically
 from fetal_flax.config import DataConfig, EncoderConfig, TrainConfig
 from fetal_flax.conversion.networks import STEM, Network, convert_state_dict
 from fetal_flax.conversion.tables import ENCODER
@@ -20,7 +21,6 @@ from fetal_flax.data.batch import Batch
 from fetal_flax.data.builders import open_dataset
 from fetal_flax.data.host_loader import evaluation_batches
 from fetal_flax.errors import InputError
-from fetal_flax.files import json_bytes, write_atomically
 from fetal_flax.models import functional
 from fetal_flax.parity import reference
 from fetal_flax.parity.compare import Pair, compare

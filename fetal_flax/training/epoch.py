@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fetal_flax._util.files import write_atomically
 from fetal_flax.config import DataConfig
 from fetal_flax.data.batch import Batch
 from fetal_flax.data.device_loader import training_recipes
@@ -19,7 +20,6 @@ from fetal_flax.data.host_loader import WorkerDiedError, stack_steps, training_b
 from fetal_flax.data.order import TrainingOrder, split_into_calls
 from fetal_flax.data.prefetch import DeviceBatches, prefetch_to_device
 from fetal_flax.errors import Interrupted, RunError
-from fetal_flax.files import write_atomically
 from fetal_flax.training.distributed import is_first, shard
 from fetal_flax.training.events import (
     CallBegan,

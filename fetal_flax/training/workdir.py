@@ -23,10 +23,10 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from fetal_flax import checkpoints
+from fetal_flax._util.files import json_bytes, locked, write_atomically
 from fetal_flax.config import TrainConfig, from_dict, to_dict
 from fetal_flax.data import splits
 from fetal_flax.errors import InputError, RunError
-from fetal_flax.files import json_bytes, locked, write_atomically
 from fetal_flax.training.distributed import is_first
 from fetal_flax.training.setup import Setup, split_method
 

@@ -168,7 +168,7 @@ def test_survives_being_killed_half_way(tmp_path: Path):
 
 _ORPHANS = """
 import concurrent.futures, multiprocessing, os, time
-from fetal_flax.data.workers import start_worker
+from fetal_flax._util.machine import start_worker
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context, start_worker) as pool:

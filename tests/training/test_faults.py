@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from fetal_flax import checkpoints, cli
+from fetal_flax._util.files import locked
 from fetal_flax.data.host_loader import WorkerDiedError
 from fetal_flax.data.prefetch import DeviceBatches
 from fetal_flax.errors import InputError, Interrupted, RunError
-from fetal_flax.files import locked
 from fetal_flax.training import epoch, run, setup, workdir
 from fetal_flax.training.distributed import everywhere
 from fetal_flax.training.events import (

@@ -9,7 +9,7 @@ from tensorboardX.proto.event_pb2 import Event as FileEvent  # pyright: ignore
 from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore
 from tensorboardX.summary import scalar
 
-from fetal_flax.files import csv_bytes, write_atomically
+from fetal_flax._util.files import csv_bytes, write_atomically
 from fetal_flax.training.events import EpochDone, EpochNumbers, Event, StepDone
 
 FLUSH_SECONDS = 30

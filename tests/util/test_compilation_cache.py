@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from fetal_flax.compilation_cache import keep_compilations
+from fetal_flax._util.compilation_cache import keep_compilations
 
 DIRECTORY = "JAX_COMPILATION_CACHE_DIR"
 COMPILE = """
-from fetal_flax.compilation_cache import keep_compilations
+from fetal_flax._util.compilation_cache import keep_compilations
 keep_compilations({!r})
 import jax
 from jax import monitoring

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fetal_flax import download
+from fetal_flax._util import download
 from fetal_flax.errors import InputError
 
 CONTENT = bytes(range(256)) * 5000
