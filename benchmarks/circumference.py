@@ -17,9 +17,9 @@ import numpy as np
 import skimage.measure
 
 from fetal_flax.data import hc18
-from fetal_flax.data.ellipse import Ellipse
 from fetal_flax.data.phantom import make_phantom
-from fetal_flax.evaluation.head import OUTLINE_PX, edge_points, fit_ellipse, largest_region
+from fetal_flax.measurement.ellipse import Ellipse
+from fetal_flax.measurement.head import OUTLINE_PX, edge_points, fit_ellipse, largest_region
 
 Fit = Callable[[np.ndarray], tuple[float, float]]
 

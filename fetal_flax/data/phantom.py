@@ -26,7 +26,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
-from fetal_flax.data.ellipse import Ellipse
+from fetal_flax.measurement.ellipse import Ellipse
 
 REFERENCE_HEIGHT = 540
 REFERENCE_WIDTH = 800

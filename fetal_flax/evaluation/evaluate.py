@@ -16,19 +16,19 @@ from fetal_flax.data.builders import Dataset, Record, open_dataset
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation import pictures
-from fetal_flax.evaluation.gestation import trimester
-from fetal_flax.evaluation.head import OUTLINE_PX, largest_region, measure_head
 from fetal_flax.evaluation.html import WORST_CASES, WorstCase, write_report
-from fetal_flax.evaluation.metrics import segmentation_metrics
-from fetal_flax.evaluation.quality import assess
 from fetal_flax.evaluation.report import Row, write_mask, write_metrics
-from fetal_flax.evaluation.surface import surface_distances
 from fetal_flax.inference.predictor import (
     Predictor,
     Views,
     mean_logits,
     native_mask,
 )
+from fetal_flax.measurement.gestational_age import trimester
+from fetal_flax.measurement.head import OUTLINE_PX, largest_region, measure_head
+from fetal_flax.measurement.overlap import segmentation_metrics
+from fetal_flax.measurement.quality import assess
+from fetal_flax.measurement.surface import surface_distances
 
 SplitName = Literal["train", "validation", "all"]
 

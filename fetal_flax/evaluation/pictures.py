@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from fetal_flax._util.files import write_atomically
-from fetal_flax.data.ellipse import Ellipse
+from fetal_flax.measurement.ellipse import Ellipse
 
 # Green and magenta stay far apart for every common kind of colour blindness, and both stand out
 # from every grey.

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from fetal_flax._util.files import csv_bytes, json_bytes, write_atomically
-from fetal_flax.evaluation.metrics import aggregate
+from fetal_flax.measurement.overlap import aggregate
 
 GROUPINGS = ("trimester", "fold")
 """Columns of `per_image.csv` whose values metrics.json has an aggregate of each."""

@@ -13,10 +13,6 @@ from fetal_flax import checkpoints
 from fetal_flax._util.files import csv_bytes, write_atomically
 from fetal_flax.config import TestTimeAugmentation
 from fetal_flax.evaluation import pictures
-from fetal_flax.evaluation.gestation import gestational_age
-from fetal_flax.evaluation.head import OUTLINE_PX, Head, largest_region, measure_head
-from fetal_flax.evaluation.metrics import segmentation_metrics
-from fetal_flax.evaluation.quality import Quality, assess
 from fetal_flax.evaluation.report import write_mask
 from fetal_flax.inference.predictor import (
     NetworkLogits,
@@ -26,6 +22,10 @@ from fetal_flax.inference.predictor import (
     native_mask,
 )
 from fetal_flax.inference.sources import Source, find_files, pixel_sizes, read_sources
+from fetal_flax.measurement.gestational_age import gestational_age
+from fetal_flax.measurement.head import OUTLINE_PX, Head, largest_region, measure_head
+from fetal_flax.measurement.overlap import segmentation_metrics
+from fetal_flax.measurement.quality import Quality, assess
 
 MEASUREMENTS = (
     "name",

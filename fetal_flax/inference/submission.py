@@ -11,8 +11,8 @@ from pathlib import Path
 
 from fetal_flax._util.files import csv_bytes, write_atomically
 from fetal_flax.config import TestTimeAugmentation
-from fetal_flax.data.ellipse import Ellipse
 from fetal_flax.inference.predict import measured_images
+from fetal_flax.measurement.ellipse import Ellipse
 
 COLUMNS = (
     "filename",

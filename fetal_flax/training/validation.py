@@ -14,8 +14,8 @@ from fetal_flax.data.device_loader import evaluation_recipes
 from fetal_flax.data.host_loader import evaluation_batches
 from fetal_flax.data.prefetch import DeviceBatches, prefetch_to_device
 from fetal_flax.errors import Interrupted
-from fetal_flax.evaluation.head import measure_head
-from fetal_flax.evaluation.metrics import segmentation_metrics
+from fetal_flax.measurement.head import measure_head
+from fetal_flax.measurement.overlap import segmentation_metrics
 from fetal_flax.models.functional import Variables
 from fetal_flax.models.unet import Maps
 from fetal_flax.training.distributed import shard

@@ -4,7 +4,6 @@ import cv2
 import numpy as np
 import pytest
 
-from fetal_flax.data.ellipse import Ellipse
 from fetal_flax.data.phantom import (
     CEPHALIC_INDEX_RANGE,
     HEAD_CIRCUMFERENCE_RANGE_MM,
@@ -14,6 +13,7 @@ from fetal_flax.data.phantom import (
     make_phantom,
     speckle_envelope,
 )
+from fetal_flax.measurement.ellipse import Ellipse
 
 SMALL = {"height": 128, "width": 192}
 RAYLEIGH_MEAN_TO_DEVIATION = math.sqrt(math.pi / (4.0 - math.pi))  # 1.913

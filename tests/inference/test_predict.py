@@ -12,16 +12,16 @@ import pytest
 from fetal_flax import checkpoints, cli
 from fetal_flax.checkpoints import Description
 from fetal_flax.config import ModelConfig
-from fetal_flax.data.ellipse import Ellipse
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation import pictures
-from fetal_flax.evaluation.gestation import gestational_age
-from fetal_flax.evaluation.head import OUTLINE_PX, measure_head
 from fetal_flax.inference import predict as module
 from fetal_flax.inference import sources
 from fetal_flax.inference.predict import predict
 from fetal_flax.inference.predictor import Predictor, native_mask
+from fetal_flax.measurement.ellipse import Ellipse
+from fetal_flax.measurement.gestational_age import gestational_age
+from fetal_flax.measurement.head import OUTLINE_PX, measure_head
 from fetal_flax.models import functional
 
 DICOM = Path(pydicom.data.__file__).parent / "test_files"

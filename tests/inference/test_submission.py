@@ -8,9 +8,9 @@ import pytest
 from fetal_flax import checkpoints, cli
 from fetal_flax.checkpoints import Description
 from fetal_flax.config import ModelConfig
-from fetal_flax.data.ellipse import Ellipse
 from fetal_flax.inference.predictor import Predictor
 from fetal_flax.inference.submission import COLUMNS, to_row
+from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.models import functional
 
 PIXEL_SIZE_MM = 0.25

@@ -6,9 +6,9 @@ import pytest
 import skimage.measure
 
 from fetal_flax.data import hc18
-from fetal_flax.data.ellipse import Ellipse
 from fetal_flax.data.phantom import make_phantom
-from fetal_flax.evaluation.head import (
+from fetal_flax.measurement.ellipse import Ellipse
+from fetal_flax.measurement.head import (
     OUTLINE_PX,
     Head,
     edge_points,

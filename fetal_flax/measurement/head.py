@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import ndimage
 
-from fetal_flax.data.ellipse import Ellipse
-from fetal_flax.evaluation.metrics import segmentation_metrics
+from fetal_flax.measurement.ellipse import Ellipse
+from fetal_flax.measurement.overlap import segmentation_metrics
 
 OUTLINE_PX = {"hc18": 1.4, "fetal_phantom": 0.0}
 """By how many pixels the edge of a data set's masks runs outside the ellipse that is measured.

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from fetal_flax.evaluation.gestation import (
+from fetal_flax.measurement.gestational_age import (
     TRIMESTER_STARTS_MM,
     gestational_age,
     trimester,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 from scipy.spatial.distance import directed_hausdorff
 
-from fetal_flax.evaluation.surface import surface_distances
+from fetal_flax.measurement.surface import surface_distances
 
 NAMES = ["hausdorff_mm", "hausdorff95_mm", "assd_mm"]
 EMPTY = np.zeros((4, 6), bool)

@@ -6,7 +6,7 @@ import scipy.stats
 from hypothesis import strategies as st
 
 from fetal_flax.errors import InputError
-from fetal_flax.evaluation.metrics import aggregate, segmentation_metrics
+from fetal_flax.measurement.overlap import aggregate, segmentation_metrics
 
 EMPTY = np.zeros((4, 6), bool)
 FULL = np.ones((4, 6), bool)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.special import logit
 
-from fetal_flax.data.ellipse import Ellipse
-from fetal_flax.evaluation.head import Head, measure_head
-from fetal_flax.evaluation.quality import assess, expected_dice
+from fetal_flax.measurement.ellipse import Ellipse
+from fetal_flax.measurement.head import Head, measure_head
+from fetal_flax.measurement.quality import assess, expected_dice
 
 ELLIPSE = Ellipse(center_x=48.0, center_y=32.0, semi_major=30.0, semi_minor=20.0, angle=0.2)
 SHAPE = (64, 96)

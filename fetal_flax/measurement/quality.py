@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import expit
 
-from fetal_flax.evaluation.head import Head
+from fetal_flax.measurement.head import Head
 
 LEAST_ELLIPSE_AGREEMENT = 0.97
 LEAST_CONFIDENCE = 0.92

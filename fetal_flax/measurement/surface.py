@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.spatial import KDTree
 
-from fetal_flax.evaluation.metrics import check_masks
+from fetal_flax.measurement.overlap import check_masks
 
 
 def surface_distances(
