@@ -15,9 +15,6 @@ from fetal_flax.data import splits
 from fetal_flax.data.builders import Dataset, Record, open_dataset
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
-from fetal_flax.evaluation import pictures
-from fetal_flax.evaluation.html import WORST_CASES, WorstCase, write_report
-from fetal_flax.evaluation.report import Row, write_mask, write_metrics
 from fetal_flax.inference.predictor import (
     Predictor,
     Views,
@@ -29,6 +26,9 @@ from fetal_flax.measurement.head import OUTLINE_PX, largest_region, measure_head
 from fetal_flax.measurement.overlap import segmentation_metrics
 from fetal_flax.measurement.quality import assess
 from fetal_flax.measurement.surface import surface_distances
+from fetal_flax.reporting import pictures
+from fetal_flax.reporting.html import WORST_CASES, WorstCase, write_report
+from fetal_flax.reporting.tables import Row, write_mask, write_metrics
 
 SplitName = Literal["train", "validation", "all"]
 

@@ -12,8 +12,6 @@ from jaxtyping import Bool
 from fetal_flax import checkpoints
 from fetal_flax._util.files import csv_bytes, write_atomically
 from fetal_flax.config import TestTimeAugmentation
-from fetal_flax.evaluation import pictures
-from fetal_flax.evaluation.report import write_mask
 from fetal_flax.inference.predictor import (
     NetworkLogits,
     Predictor,
@@ -26,6 +24,8 @@ from fetal_flax.measurement.gestational_age import gestational_age
 from fetal_flax.measurement.head import OUTLINE_PX, Head, largest_region, measure_head
 from fetal_flax.measurement.overlap import segmentation_metrics
 from fetal_flax.measurement.quality import Quality, assess
+from fetal_flax.reporting import pictures
+from fetal_flax.reporting.tables import write_mask
 
 MEASUREMENTS = (
     "name",

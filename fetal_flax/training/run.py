@@ -143,9 +143,9 @@ def _write_curves(progress: RunProgress, workdir: Path) -> None:
 
 def _write_sheet(setup: Setup, workdir: Path) -> None:
     """Draws validation images, from the worst Dice to the best, with the best checkpoint."""
-    from fetal_flax.evaluation import pictures
     from fetal_flax.inference.predictor import Predictor
     from fetal_flax.measurement.overlap import segmentation_metrics
+    from fetal_flax.reporting import pictures
 
     predictor = Predictor.from_checkpoint(workdir)
     records = [setup.dataset.record(i) for i in setup.split.validation]

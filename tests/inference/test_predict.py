@@ -14,7 +14,6 @@ from fetal_flax.checkpoints import Description
 from fetal_flax.config import ModelConfig
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
-from fetal_flax.evaluation import pictures
 from fetal_flax.inference import predict as module
 from fetal_flax.inference import sources
 from fetal_flax.inference.predict import predict
@@ -23,6 +22,7 @@ from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.measurement.gestational_age import gestational_age
 from fetal_flax.measurement.head import OUTLINE_PX, measure_head
 from fetal_flax.models import functional
+from fetal_flax.reporting import pictures
 
 DICOM = Path(pydicom.data.__file__).parent / "test_files"
 

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from fetal_flax.evaluation.pictures import (
+from fetal_flax.reporting.pictures import (
     PREDICTION_COLOUR,
     THICK_OUTLINE_FROM,
     TRUTH_COLOUR,

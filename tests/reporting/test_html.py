@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from fetal_flax.evaluation.html import PUBLISHED, WorstCase, write_report
-from fetal_flax.evaluation.report import Row, write_metrics
+from fetal_flax.reporting.html import PUBLISHED, WorstCase, write_report
+from fetal_flax.reporting.tables import Row, write_metrics
 
 NAMES = ("dice", "iou", "hausdorff_mm", "hausdorff95_mm", "assd_mm")
 

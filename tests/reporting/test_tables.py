@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fetal_flax.errors import InputError
-from fetal_flax.evaluation.report import Row, write_atomically, write_mask, write_metrics
+from fetal_flax.reporting.tables import Row, write_atomically, write_mask, write_metrics
 
 METRICS = [
     {"dice": 0.9, "iou": 0.8, "pixel_accuracy": 0.95},

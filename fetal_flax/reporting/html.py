@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fetal_flax._util.files import write_atomically
-from fetal_flax.evaluation.report import Row
+from fetal_flax.reporting.tables import Row
 
 WORST_CASES = 12
 
