@@ -49,9 +49,9 @@ from hypothesis import strategies as st
 from fetal_flax import checkpoints, cli
 from fetal_flax._util.files import json_bytes
 from fetal_flax.config import ModelConfig, TrainConfig, from_dict, to_dict
-from fetal_flax.conversion.networks import convert_state_dict
-from fetal_flax.conversion.tables import TABLES
-from fetal_flax.conversion.torch_file import read_state_dict
+from fetal_flax.conversion.names import TABLES
+from fetal_flax.conversion.reader import read_state_dict
+from fetal_flax.conversion.recognition import convert_state_dict
 from fetal_flax.conversion.transfer import to_torch
 from fetal_flax.data import hc18
 from fetal_flax.errors import InputError

@@ -23,7 +23,7 @@ BLOCKS = ("tests/models/test_blocks.py", "-k")
 NETWORK = ("tests/parity/test_compare.py", "-k", "small_unet_for_rgb")
 MUTATIONS = {
     "mean and variance swapped": Mutation(
-        "fetal_flax/conversion/tables.py",
+        "fetal_flax/conversion/names.py",
         '"running_mean": "mean", "running_var": "var"',
         '"running_mean": "var", "running_var": "mean"',
         NETWORK,

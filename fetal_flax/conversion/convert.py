@@ -6,10 +6,10 @@ import safetensors.numpy
 
 from fetal_flax import checkpoints
 from fetal_flax._util.files import write_atomically
-from fetal_flax.conversion.networks import read_network
-from fetal_flax.conversion.tables import ENCODER, TABLES
-from fetal_flax.conversion.torch_writer import state_dict_bytes
+from fetal_flax.conversion.names import ENCODER, TABLES
+from fetal_flax.conversion.recognition import read_network
 from fetal_flax.conversion.transfer import to_torch
+from fetal_flax.conversion.writer import state_dict_bytes
 from fetal_flax.errors import InputError
 
 

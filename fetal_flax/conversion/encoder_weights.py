@@ -5,7 +5,7 @@ from pathlib import Path
 from fetal_flax import checkpoints
 from fetal_flax._util.download import fetch
 from fetal_flax.config import ModelConfig
-from fetal_flax.conversion.networks import read_network
+from fetal_flax.conversion.recognition import read_network
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from fetal_flax.conversion.tables import IGNORED, Table, Tensors, find, find_inverse
+from fetal_flax.conversion.names import IGNORED, Table, Tensors, find, find_inverse
 from fetal_flax.errors import InputError, printable
 from fetal_flax.models.functional import Variables
 

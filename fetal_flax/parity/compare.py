@@ -24,7 +24,7 @@ from scipy.special import expit
 from torch import Tensor, nn
 
 from fetal_flax.config import TrainConfig
-from fetal_flax.conversion.tables import ENCODER, IGNORED, TABLES, find
+from fetal_flax.conversion.names import ENCODER, IGNORED, TABLES, find
 from fetal_flax.data.batch import Batch
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables

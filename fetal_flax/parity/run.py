@@ -14,9 +14,9 @@ from torch import Tensor
 from fetal_flax import checkpoints
 from fetal_flax._util.files import json_bytes, write_atomically
 from fetal_flax.config import DataConfig, EncoderConfig, TrainConfig
-from fetal_flax.conversion.networks import STEM, Network, convert_state_dict
-from fetal_flax.conversion.tables import ENCODER
-from fetal_flax.conversion.torch_file import read_state_dict, unwrap
+from fetal_flax.conversion.names import ENCODER
+from fetal_flax.conversion.reader import read_state_dict, unwrap
+from fetal_flax.conversion.recognition import STEM, Network, convert_state_dict
 from fetal_flax.data.batch import Batch
 from fetal_flax.data.builders import open_dataset
 from fetal_flax.data.host_loader import evaluation_batches

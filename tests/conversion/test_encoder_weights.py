@@ -15,8 +15,8 @@ from fetal_flax.config import ModelConfig
 from fetal_flax.conversion import encoder_weights
 from fetal_flax.conversion.convert import from_torch_file
 from fetal_flax.conversion.encoder_weights import load_encoder, read_encoder
-from fetal_flax.conversion.networks import grey_stem
-from fetal_flax.conversion.torch_file import read_state_dict
+from fetal_flax.conversion.reader import read_state_dict
+from fetal_flax.conversion.recognition import grey_stem
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.models.functional import STEM, Variables

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fetal_flax.config import ModelConfig
-from fetal_flax.conversion.tables import ENCODER, IGNORED, TABLES
+from fetal_flax.conversion.names import ENCODER, IGNORED, TABLES
 from fetal_flax.conversion.transfer import from_torch
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional

@@ -14,7 +14,7 @@ from torch import nn
 
 from fetal_flax.config import ModelConfig
 from fetal_flax.conversion.encoder_weights import read_encoder
-from fetal_flax.conversion.tables import IGNORED, TABLES, find
+from fetal_flax.conversion.names import IGNORED, TABLES, find
 from fetal_flax.models.aspp import ASPP
 from fetal_flax.models.blocks import DoubleConv, ResidualSEBlock, SqueezeExcite, max_pool
 from fetal_flax.models.initializers import HostRngs

@@ -15,7 +15,7 @@ from fetal_flax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from fetal_flax.conversion.tables import ENCODER
+from fetal_flax.conversion.names import ENCODER
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 from fetal_flax.parity import compare as parity

@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from fetal_flax.conversion.torch_file import CheckpointError, read_state_dict, read_torch_file
+from fetal_flax.conversion.reader import CheckpointError, read_state_dict, read_torch_file
 from fetal_flax.errors import InputError
 
 FORMATS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "stream"])

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from fetal_flax import cli
 from fetal_flax.config import ModelConfig
 from fetal_flax.conversion.convert import from_torch_file, to_torch_file
-from fetal_flax.conversion.networks import Network, read_network
-from fetal_flax.conversion.tables import ENCODER, IGNORED, TABLES, find, find_inverse
-from fetal_flax.conversion.torch_writer import state_dict_bytes
+from fetal_flax.conversion.names import ENCODER, IGNORED, TABLES, find, find_inverse
+from fetal_flax.conversion.recognition import Network, read_network
 from fetal_flax.conversion.transfer import from_torch, to_torch
+from fetal_flax.conversion.writer import state_dict_bytes
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables

@@ -8,8 +8,8 @@ import numpy as np
 
 from fetal_flax import checkpoints
 from fetal_flax.config import ModelConfig
-from fetal_flax.conversion.tables import ENCODER, TABLES, find
-from fetal_flax.conversion.torch_file import read_state_dict
+from fetal_flax.conversion.names import ENCODER, TABLES, find
+from fetal_flax.conversion.reader import read_state_dict
 from fetal_flax.conversion.transfer import from_torch, is_float
 from fetal_flax.errors import InputError, printable
 from fetal_flax.models import functional
