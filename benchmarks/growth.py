@@ -20,7 +20,7 @@ import numpy as np
 from timing import alternate
 
 from fetal_flax.config import AugmentationConfig, DataConfig, EncoderConfig, TrainConfig
-from fetal_flax.data.builders import Dataset
+from fetal_flax.data.datasets import Dataset
 from fetal_flax.data.device_loader import gather_batch, load_device_dataset, training_recipes
 from fetal_flax.data.host_loader import training_batches
 from fetal_flax.data.images import encode_png

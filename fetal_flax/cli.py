@@ -135,7 +135,7 @@ class PrepareData:
 
     def run(self) -> int:
         """Prepares."""
-        from fetal_flax.data.builders import open_dataset
+        from fetal_flax.data.datasets import open_dataset
 
         source = None if self.source is None else str(self.source)
         dataset = open_dataset(DataConfig(data_dir=source, cache_dir=self.cache_dir), seed=0)

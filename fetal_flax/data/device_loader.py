@@ -19,7 +19,7 @@ from jaxtyping import Array, Float32, Int64, UInt8
 from fetal_flax._util.machine import available_cpus
 from fetal_flax.data.augmentation import sampling_matrix
 from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset
-from fetal_flax.data.builders import Dataset
+from fetal_flax.data.datasets import Dataset
 from fetal_flax.data.images import network_mask, resize_image
 from fetal_flax.data.order import TrainingOrder, shard_rows
 from fetal_flax.data.photometric import Photometric

@@ -17,7 +17,7 @@ from fetal_flax._util.machine import available_cpus, can_start_workers, start_wo
 from fetal_flax.config import AugmentationConfig, DataConfig
 from fetal_flax.data.augmentation import Transform, apply_transform
 from fetal_flax.data.batch import Batch
-from fetal_flax.data.builders import Dataset
+from fetal_flax.data.datasets import Dataset
 from fetal_flax.data.images import network_mask, resize_image
 from fetal_flax.data.order import TrainingOrder, shard_rows
 

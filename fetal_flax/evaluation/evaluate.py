@@ -12,7 +12,7 @@ from fetal_flax import checkpoints
 from fetal_flax.checkpoints import Description
 from fetal_flax.config import DataConfig, TestTimeAugmentation, from_dict, to_dict
 from fetal_flax.data import splits
-from fetal_flax.data.builders import Dataset, Record, open_dataset
+from fetal_flax.data.datasets import Dataset, Record, open_dataset
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
 from fetal_flax.inference.predictor import (

@@ -18,7 +18,7 @@ from fetal_flax.conversion.names import ENCODER
 from fetal_flax.conversion.reader import read_state_dict, unwrap
 from fetal_flax.conversion.recognition import STEM, Network, convert_state_dict
 from fetal_flax.data.batch import Batch
-from fetal_flax.data.builders import open_dataset
+from fetal_flax.data.datasets import open_dataset
 from fetal_flax.data.host_loader import evaluation_batches
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional

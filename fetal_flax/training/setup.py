@@ -16,9 +16,9 @@ from fetal_flax.config import TrainConfig, to_dict
 from fetal_flax.conversion.encoder_weights import load_encoder
 from fetal_flax.data import splits
 from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset
-from fetal_flax.data.builders import Dataset, open_dataset
+from fetal_flax.data.class_balance import foreground_pixels
+from fetal_flax.data.datasets import Dataset, open_dataset
 from fetal_flax.data.device_loader import device_foreground_pixels, load_device_dataset
-from fetal_flax.data.foreground import foreground_pixels
 from fetal_flax.data.order import steps_per_epoch
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from fetal_flax.config import AugmentationConfig, DataConfig
-from fetal_flax.data import builders, hc18, host_loader
+from fetal_flax.data import datasets as builders
+from fetal_flax.data import hc18, host_loader
 from fetal_flax.data.augmentation import Transform, apply_transform, draw_transform, sampling_matrix
 from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset
+from fetal_flax.data.class_balance import foreground_pixels
 from fetal_flax.data.device_loader import (
     device_foreground_pixels,
     evaluation_recipes,
@@ -17,7 +19,6 @@ from fetal_flax.data.device_loader import (
     load_device_dataset,
     training_recipes,
 )
-from fetal_flax.data.foreground import foreground_pixels
 from fetal_flax.data.images import resize_image, resize_mask
 from fetal_flax.data.order import TrainingOrder, split_into_calls
 from fetal_flax.training.sharding import create_mesh, replicated

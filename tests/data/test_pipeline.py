@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fetal_flax.config import AugmentationConfig, DataConfig
-from fetal_flax.data import builders, host_loader, order
+from fetal_flax.data import datasets as builders
+from fetal_flax.data import host_loader, order
 from fetal_flax.data.augmentation import Transform
 from fetal_flax.data.batch import Batch
 from fetal_flax.data.images import resize_image, resize_mask
@@ -264,7 +265,8 @@ def test_closing_ends_the_workers(dataset, config):
 _SCRIPT = """
 import sys
 from fetal_flax.config import AugmentationConfig, DataConfig
-from fetal_flax.data import builders, pipeline
+from fetal_flax.data import datasets as builders
+from fetal_flax.data import pipeline
 
 if __name__ == "__main__":
     config = DataConfig(data_dir=sys.argv[1], cache_dir=sys.argv[2], image_size=(32, 32), workers=2)

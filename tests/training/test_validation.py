@@ -8,7 +8,7 @@ import pytest
 
 from fetal_flax.config import EncoderConfig, ModelConfig, TrainConfig
 from fetal_flax.data.batch import Batch
-from fetal_flax.data.builders import Dataset
+from fetal_flax.data.datasets import Dataset
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 from fetal_flax.training.setup import Setup, prepare

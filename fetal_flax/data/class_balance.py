@@ -10,7 +10,7 @@ from jaxtyping import Int64
 
 from fetal_flax._util.files import json_bytes, write_atomically
 from fetal_flax._util.machine import available_cpus
-from fetal_flax.data.builders import Dataset
+from fetal_flax.data.datasets import Dataset
 from fetal_flax.data.images import resize_mask
 from fetal_flax.errors import InputError
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from fetal_flax.config import DataConfig
-from fetal_flax.data import builders, hc18
+from fetal_flax.data import datasets as builders
+from fetal_flax.data import hc18
 from fetal_flax.data.phantom import make_phantom
 from fetal_flax.errors import InputError
 
@@ -128,7 +129,7 @@ def _script(body: str, *arguments: str) -> list[str]:
 
 def test_needs_neither_tensorflow_nor_jax(tiny_hc18: Path, tmp_path: Path):
     body = (
-        "import sys; from fetal_flax.data.builders import *\n"
+        "import sys; from fetal_flax.data.datasets import *\n"
         "config = DataConfig(data_dir=sys.argv[1], cache_dir=sys.argv[2])\n"
         "open_dataset(config, 0).record(0)\n"
         "import json; print(json.dumps([m for m in ('tensorflow', 'jax', 'torch')"
@@ -142,7 +143,7 @@ def test_needs_neither_tensorflow_nor_jax(tiny_hc18: Path, tmp_path: Path):
 _SLOW = """
 import os, sys, time
 from fetal_flax.config import DataConfig
-from fetal_flax.data import builders
+from fetal_flax.data import datasets as builders
 make = builders._phantom_example
 def slow(seed, size, index):
     if index == 1:
@@ -195,7 +196,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path):
 _UNGUARDED = """
 import sys
 from fetal_flax.config import DataConfig
-from fetal_flax.data import builders
+from fetal_flax.data import datasets as builders
 builders._PHANTOMS_PER_WORKER = 1
 builders.available_cpus = lambda: 2
 config = DataConfig(dataset="fetal_phantom", phantom_count=2, cache_dir=sys.argv[1])

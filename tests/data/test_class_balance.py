@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from fetal_flax.config import DataConfig
-from fetal_flax.data import builders, foreground
-from fetal_flax.data.foreground import foreground_pixels
+from fetal_flax.data import class_balance as foreground
+from fetal_flax.data import datasets as builders
+from fetal_flax.data.class_balance import foreground_pixels
 from fetal_flax.data.images import resize_mask
 
 SIZE = (64, 96)
