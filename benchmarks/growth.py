@@ -26,7 +26,7 @@ from fetal_flax.data.host_loader import training_batches
 from fetal_flax.data.images import encode_png
 from fetal_flax.data.order import TrainingOrder, split_into_calls
 from fetal_flax.data.phantom import make_phantom
-from fetal_flax.inference.predictor import Predictor
+from fetal_flax.inference.segmenter import Predictor
 from fetal_flax.models import functional
 from fetal_flax.training.compile import create_programs, create_state
 from fetal_flax.training.sharding import batch_sharding, create_mesh, replicated, step_sharding

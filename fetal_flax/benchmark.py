@@ -33,9 +33,9 @@ from fetal_flax.config import (
     TrainConfig,
 )
 from fetal_flax.data.batch import Batch
-from fetal_flax.inference.predictor import Predictor
+from fetal_flax.inference.segmenter import Predictor
 from fetal_flax.models import functional
-from fetal_flax.models.summary import summarize
+from fetal_flax.models.complexity import summarize
 from fetal_flax.training.compile import create_programs, create_state
 from fetal_flax.training.sharding import batch_sharding, check_batch_size, create_mesh
 

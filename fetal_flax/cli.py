@@ -66,7 +66,7 @@ class Train:
             )
         settings, workdir = self.settings, Path("runs", self.settings.name)
         if self.fold is not None:
-            from fetal_flax.training import cross_validation
+            from fetal_flax.evaluation import cross_validation
 
             settings = cross_validation.with_fold(settings, self.fold)
             workdir = cross_validation.fold_folder(_folds_workdir(settings), self.fold)
@@ -89,7 +89,7 @@ class CrossValidate:
 
     def run(self) -> int:
         """Trains and evaluates, and prints the headline."""
-        from fetal_flax.training.cross_validation import cross_validate
+        from fetal_flax.evaluation.cross_validation import cross_validate
 
         workdir = self.workdir or _folds_workdir(self.settings)
         _print_headline(cross_validate(self.settings, workdir), workdir)

@@ -8,7 +8,7 @@ import rich.table
 
 from fetal_flax.config import ModelConfig
 from fetal_flax.errors import InputError
-from fetal_flax.models.summary import DESCRIPTION, Part, Summary, summarize
+from fetal_flax.models.complexity import DESCRIPTION, Part, Summary, summarize
 from fetal_flax.models.unet import NETWORKS
 
 CONFIGS = (

@@ -15,7 +15,7 @@ from fetal_flax.data import splits
 from fetal_flax.data.datasets import Dataset, Record, open_dataset
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
-from fetal_flax.inference.predictor import (
+from fetal_flax.inference.segmenter import (
     Predictor,
     Views,
     mean_logits,

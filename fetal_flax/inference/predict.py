@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from fetal_flax import checkpoints
 from fetal_flax._util.files import csv_bytes, write_atomically
 from fetal_flax.config import TestTimeAugmentation
-from fetal_flax.inference.predictor import (
+from fetal_flax.inference.segmenter import (
     NetworkLogits,
     Predictor,
     Views,

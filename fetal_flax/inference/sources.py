@@ -11,7 +11,7 @@ from fetal_flax.data import dicom
 from fetal_flax.data.hc18 import read_pixel_sizes
 from fetal_flax.data.images import check_is_file, read_gray
 from fetal_flax.errors import InputError, printable
-from fetal_flax.inference.predictor import Image
+from fetal_flax.inference.segmenter import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", *dicom.SUFFIXES)
 """Endings of the files that are taken as images, in lower case; DICOM files need none."""

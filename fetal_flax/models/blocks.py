@@ -5,7 +5,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fetal_flax.models.initializers import torch_uniform
+from fetal_flax.models.init import torch_uniform
 from fetal_flax.models.layers import BatchNorm, Conv, FeatureMap, SeparableConv
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from fetal_flax.config import ModelConfig
 from fetal_flax.models import folding
-from fetal_flax.models.initializers import HostRngs
+from fetal_flax.models.init import HostRngs
 from fetal_flax.models.layers import FeatureMap
 from fetal_flax.models.unet import Logits, Maps, Network, UNet, as_input, create_network
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from fetal_flax.errors import InputError
 from fetal_flax.models.convolution import FeatureMap, convolution, depth_to_space
-from fetal_flax.models.initializers import torch_uniform
+from fetal_flax.models.init import torch_uniform
 
 Vector = Float[Array, " channels"]
 

@@ -3,7 +3,7 @@
 from flax import nnx
 
 from fetal_flax.models.blocks import ConvNorm
-from fetal_flax.models.initializers import he_normal_fan_out
+from fetal_flax.models.init import he_normal_fan_out
 from fetal_flax.models.layers import FeatureMap
 
 # Expansion, output channels, repeats, stride of the first: table 2 of the paper.

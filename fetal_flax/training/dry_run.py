@@ -7,7 +7,7 @@ import rich.console
 
 from fetal_flax import summary
 from fetal_flax.config import TrainConfig
-from fetal_flax.models.summary import summarize
+from fetal_flax.models.complexity import summarize
 from fetal_flax.training.compile import create_state
 from fetal_flax.training.epoch import open_batches
 from fetal_flax.training.setup import describe, prepare

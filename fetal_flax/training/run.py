@@ -143,7 +143,7 @@ def _write_curves(progress: RunProgress, workdir: Path) -> None:
 
 def _write_sheet(setup: Setup, workdir: Path) -> None:
     """Draws validation images, from the worst Dice to the best, with the best checkpoint."""
-    from fetal_flax.inference.predictor import Predictor
+    from fetal_flax.inference.segmenter import Predictor
     from fetal_flax.measurement.overlap import segmentation_metrics
     from fetal_flax.reporting import pictures
 

@@ -12,7 +12,7 @@ from fetal_flax.data import hc18, splits
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation.evaluate import evaluate
-from fetal_flax.inference.predictor import Predictor
+from fetal_flax.inference.segmenter import Predictor
 from fetal_flax.measurement.gestational_age import trimester
 from fetal_flax.models import functional
 

@@ -17,7 +17,7 @@ from fetal_flax.errors import InputError
 from fetal_flax.inference import predict as module
 from fetal_flax.inference import sources
 from fetal_flax.inference.predict import predict
-from fetal_flax.inference.predictor import Predictor, native_mask
+from fetal_flax.inference.segmenter import Predictor, native_mask
 from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.measurement.gestational_age import gestational_age
 from fetal_flax.measurement.head import OUTLINE_PX, measure_head

@@ -8,7 +8,7 @@ import pytest
 from fetal_flax import checkpoints, cli
 from fetal_flax.checkpoints import Description
 from fetal_flax.config import ModelConfig
-from fetal_flax.inference.predictor import Predictor
+from fetal_flax.inference.segmenter import Predictor
 from fetal_flax.inference.submission import COLUMNS, to_row
 from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.models import functional

@@ -17,7 +17,7 @@ from fetal_flax.conversion.encoder_weights import read_encoder
 from fetal_flax.conversion.names import IGNORED, TABLES, find
 from fetal_flax.models.aspp import ASPP
 from fetal_flax.models.blocks import DoubleConv, ResidualSEBlock, SqueezeExcite, max_pool
-from fetal_flax.models.initializers import HostRngs
+from fetal_flax.models.init import HostRngs
 from fetal_flax.models.mobilenet_v2 import TAPS, InvertedResidual, MobileNetV2
 from fetal_flax.parity import reference
 

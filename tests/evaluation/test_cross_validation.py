@@ -12,8 +12,8 @@ import pytest
 from fetal_flax import cli
 from fetal_flax.config import TrainConfig
 from fetal_flax.errors import InputError
+from fetal_flax.evaluation.cross_validation import cross_validate, with_fold
 from fetal_flax.evaluation.evaluate import evaluate
-from fetal_flax.training.cross_validation import cross_validate, with_fold
 from fetal_flax.training.run import train
 
 COUNT, FOLDS = 20, 2

@@ -11,7 +11,7 @@ from fetal_flax.checkpoints import Description
 from fetal_flax.config import ModelConfig
 from fetal_flax.data.images import resize_image
 from fetal_flax.errors import InputError
-from fetal_flax.inference.predictor import Predictor, mean_logits, native_mask
+from fetal_flax.inference.segmenter import Predictor, mean_logits, native_mask
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 

@@ -2,7 +2,7 @@ import pytest
 
 from fetal_flax.config import ModelConfig
 from fetal_flax.errors import InputError
-from fetal_flax.models.summary import DESCRIPTION, Part, Summary, summarize
+from fetal_flax.models.complexity import DESCRIPTION, Part, Summary, summarize
 
 DESCRIBED = ModelConfig(variant="described")
 PUBLISHED = ModelConfig(variant="published")
