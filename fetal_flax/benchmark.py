@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.box
 import rich.console
-import rich.table
 
+from fetal_flax._util import console
 from fetal_flax._util.machine import available_cpus
 from fetal_flax.config import (
     DataConfig,
@@ -124,9 +123,9 @@ def render(report: Report) -> rich.console.Group:
     """Returns the report for `rich` to print."""
     machine = report.machine
     height, width = report.image_size
-    table = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False)
-    for column in ("", "batch", "ms", "quartiles", "images/s", "compiling", "MB", "roofline"):
-        table.add_column(column, justify="right" if column else "left")
+    table = console.table(
+        ("", "batch", "ms", "quartiles", "images/s", "compiling", "MB", "roofline")
+    )
     for timing in report.timings:
         low, high = (1e3 * second for second in timing.quartiles)
         temporaries = timing.temporaries_bytes

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import rich.box
 import rich.console
 import rich.table
 
+from fetal_flax._util import console
 from fetal_flax.config import ModelConfig
 from fetal_flax.errors import InputError
 from fetal_flax.models.complexity import DESCRIPTION, Part, Summary, summarize
@@ -50,16 +50,7 @@ def render(summaries: Sequence[Summary]) -> rich.console.Group:
 
 def _table(summary: Summary) -> rich.table.Table:
     """Returns one row per part and the total, numbers exact."""
-    table = rich.table.Table(
-        title=_title(summary),
-        title_justify="left",
-        box=rich.box.SIMPLE,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    for column in _COLUMNS:
-        # In a narrow terminal digits go on below, where an ellipsis would swallow them.
-        table.add_column(column, justify="left" if column == "part" else "right", overflow="fold")
+    table = console.table(_COLUMNS, title=_title(summary))
     for part in summary.parts:
         table.add_row(*_row(part))
     table.add_section()

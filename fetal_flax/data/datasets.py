@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich.console
-import rich.progress
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
+from fetal_flax._util.console import track
 from fetal_flax._util.files import locked
 from fetal_flax._util.machine import (
     MISSING_GUARD,
@@ -180,7 +179,7 @@ class Hc18(_Builder):
         assert self._source is not None, "preparing HC18 needs its folder"
         records = hc18.find_records(self._source)
         with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
-            yield from _with_progress(pool.map(_hc18_example, records), "HC18", len(records))
+            yield from track(pool.map(_hc18_example, records), "Preparing HC18", len(records))
 
 
 class FetalPhantom(_Builder):
@@ -198,7 +197,7 @@ class FetalPhantom(_Builder):
         make = functools.partial(_phantom_example, self._seed, self._size)
         workers = min(available_cpus(), self._count // _PHANTOMS_PER_WORKER)
         if workers <= 1 or not can_start_workers():
-            yield from _with_progress(map(make, range(self._count)), "phantoms", self._count)
+            yield from track(map(make, range(self._count)), "Preparing phantoms", self._count)
             return
         with concurrent.futures.ProcessPoolExecutor(
             workers,
@@ -207,7 +206,7 @@ class FetalPhantom(_Builder):
             initializer=start_worker,
         ) as pool:
             examples = pool.map(make, range(self._count), chunksize=4)
-            yield from _with_progress(examples, "phantoms", self._count)
+            yield from track(examples, "Preparing phantoms", self._count)
 
 
 def _hc18_example(record: hc18.HC18Record) -> dict[str, Any]:
@@ -236,14 +235,6 @@ def _phantom_example(seed: int, size: tuple[int, int], index: int) -> dict[str, 
         "examination": name,
         "name": f"phantom_{name}",
     }
-
-
-def _with_progress(
-    examples: Iterable[dict[str, Any]], what: str, count: int
-) -> Iterator[dict[str, Any]]:
-    """Yields the examples while a progress bar runs on stderr."""
-    console = rich.console.Console(stderr=True)
-    yield from rich.progress.track(examples, f"Preparing {what}", count, console=console)
 
 
 def _prepare(make_builder: Callable[[], tfds.core.DatasetBuilder], folder: Path) -> None:

@@ -20,10 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import rich.console
-import rich.progress
 from jaxtyping import UInt8
 
+from fetal_flax._util.console import track
 from fetal_flax._util.download import fetch
 from fetal_flax._util.machine import available_cpus
 from fetal_flax.data.images import read_gray
@@ -255,9 +254,6 @@ def _loading_problems(records: list[HC18Record]) -> list[str]:
             return str(error)
         return None
 
-    console = rich.console.Console(stderr=True)
     with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
-        messages = rich.progress.track(
-            pool.map(problem, records), "Checking HC18", len(records), console=console
-        )
+        messages = track(pool.map(problem, records), "Checking HC18", len(records))
         return [message for message in messages if message]

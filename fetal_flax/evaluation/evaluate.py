@@ -1,14 +1,12 @@
 """`fetal-flax evaluate`: a network's masks against annotated ones, at native size."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import rich.console
-import rich.progress
-
 from fetal_flax import checkpoints
+from fetal_flax._util.console import track
 from fetal_flax.checkpoints import Description
 from fetal_flax.config import DataConfig, TestTimeAugmentation, from_dict, to_dict
 from fetal_flax.data import splits
@@ -103,7 +101,7 @@ def measure(
     predictor = Predictor(description.model, variables, description.image_size, tta=tta)
     outline_px = OUTLINE_PX[description.dataset]
     rows = []
-    records = map(dataset.record, _with_progress(indices))
+    records = map(dataset.record, track(indices, "Evaluating"))
     for record, views in predictor.segment(records, lambda record: record.image):
         rows.append(_measure_record(output, record, views, outline_px))
     run = {
@@ -223,11 +221,6 @@ def _indices(checkpoint: Path, dataset: Dataset, split: SplitName) -> Sequence[i
         return range(len(dataset))
     sides = splits.read_manifest(checkpoint / "split.json", dataset.names)
     return sides.train if split == "train" else sides.validation
-
-
-def _with_progress(indices: Sequence[int]) -> Iterable[int]:
-    console = rich.console.Console(stderr=True)
-    return rich.progress.track(indices, "Evaluating", console=console)
 
 
 def _epoch(description: Description) -> int | None:

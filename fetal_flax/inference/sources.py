@@ -4,9 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import rich.console
-import rich.progress
-
+from fetal_flax._util.console import track
 from fetal_flax.data import dicom
 from fetal_flax.data.hc18 import read_pixel_sizes
 from fetal_flax.data.images import check_is_file, read_gray
@@ -91,9 +89,8 @@ def read_sources(
         failed: Takes a sentence for each file that can't be read, or whose results would overwrite
             those of another.
     """
-    console = rich.console.Console(stderr=True)
     taken: dict[str, Path] = {}
-    for path in rich.progress.track(paths, "Predicting", console=console):
+    for path in track(paths, "Predicting"):
         try:
             for source in _read(path, sizes.get(path.name)):
                 _check_usable(source, taken)

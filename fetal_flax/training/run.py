@@ -136,7 +136,7 @@ def _begin(
 
 
 def _write_curves(progress: RunProgress, workdir: Path) -> None:
-    from fetal_flax.evaluation import pictures  # Matplotlib: no start should wait for it.
+    from fetal_flax.reporting import pictures  # Matplotlib: no start should wait for it.
 
     pictures.training_curves(workdir / "curves.png", progress.history)
 
