@@ -266,7 +266,7 @@ _SCRIPT = """
 import sys
 from fetal_flax.config import AugmentationConfig, DataConfig
 from fetal_flax.data import datasets as builders
-from fetal_flax.data import pipeline
+from fetal_flax.data import host_loader
 
 if __name__ == "__main__":
     config = DataConfig(data_dir=sys.argv[1], cache_dir=sys.argv[2], image_size=(32, 32), workers=2)
