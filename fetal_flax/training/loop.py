@@ -6,7 +6,7 @@ WORKDIR/run.json             what was found out at the start: pos_weight, versio
 WORKDIR/checkpoints/         the last two epochs and the best; where the run was interrupted
 WORKDIR/metrics.csv          a row per epoch; tensorboard/ has the same and every step
 WORKDIR/curves.png           loss, Dice and learning rate over the epochs
-WORKDIR/validation.png       validation images with the outlines of truth and prediction
+WORKDIR/validation.png       validation images with the outlines of truth, prediction and ellipse
 WORKDIR/profile/             traces of a few steps, with --profile
 WORKDIR/non_finite/          the batch that stopped the run, where one did
 WORKDIR/damaged/             checkpoints that could not be read, where a run resumed before them
@@ -228,25 +228,32 @@ def _write_curves(done: Progressed, workdir: Path) -> None:
 
 
 def _write_sheet(run: Run, workdir: Path) -> None:
-    """Draws validation images, from the worst Dice to the best, with the best checkpoint."""
+    """Draws validation images, from the worst ellipse to the best, with the best checkpoint."""
     from fetal_flax.evaluation import pictures
+    from fetal_flax.evaluation.ellipse_metrics import ellipse_mask
+    from fetal_flax.evaluation.head import OUTLINE_PX, measure_head
     from fetal_flax.evaluation.metrics import segmentation_metrics
     from fetal_flax.inference.predictor import Predictor
 
     predictor = Predictor.from_checkpoint(workdir)
     records = [run.dataset.record(i) for i in run.split.validation]
     masks = predictor.masks([record.image for record in records])
-    truths = [record.mask > 0 for record in records]
-    dices = [
-        segmentation_metrics(mask, truth)["dice"] for mask, truth in zip(masks, truths, strict=True)
-    ]
-    order = np.argsort(dices)
-    chosen = order[np.linspace(0, len(order) - 1, min(SHEET_IMAGES, len(order))).astype(int)]
-    pictures.overlay_sheet(
-        workdir / "validation.png",
-        [records[i].image for i in chosen],
-        [masks[i] for i in chosen],
-        [truths[i] for i in chosen],
-        [records[i].name for i in chosen],
-        [dices[i] for i in chosen],
-    )
+    outline_px = OUTLINE_PX[run.config.data.dataset]
+    images = []
+    for record, mask in zip(records, masks, strict=True):
+        truth = record.mask > 0
+        head = measure_head(mask, record.pixel_size_mm, outline_px=outline_px)
+        images.append(
+            pictures.SheetImage(
+                record.name,
+                record.image,
+                mask,
+                truth,
+                head.edge_ellipse if head else None,
+                segmentation_metrics(ellipse_mask(head, truth.shape), truth)["dice"],
+                segmentation_metrics(mask, truth)["dice"],
+            )
+        )
+    images.sort(key=lambda image: image.ellipse_dice)
+    chosen = np.linspace(0, len(images) - 1, min(SHEET_IMAGES, len(images))).astype(int)
+    pictures.overlay_sheet(workdir / "validation.png", [images[i] for i in chosen])
