@@ -451,9 +451,15 @@ def _folds_workdir(settings: TrainConfig) -> Path:
 
 def _print_headline(metrics: Mapping[str, Any], output: Path) -> None:
     """Prints what an evaluation measured, and where the rest is."""
-    for name, values in metrics.items():
-        if name not in ("n", "by", "run"):
-            print(f"{name:16s} {values['mean']:8.4f} ± {values['std']:.4f}")
+    for title, of_ellipse in (
+        ("ellipse of the mask's largest region:", True),
+        ("raw mask:", False),
+    ):
+        print(title)
+        for name, values in metrics.items():
+            is_metric = name not in ("n", "by", "run")
+            if is_metric and name.startswith(("ellipse_", "hc_")) == of_ellipse:
+                print(f"  {name:22s} {values['mean']:8.4f} ± {values['std']:.4f}")
     missed = metrics["run"]["missed"]
     print(f"no head was found in {len(missed)} images" + f": {', '.join(missed)}" * bool(missed))
     print(

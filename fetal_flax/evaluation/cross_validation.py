@@ -68,6 +68,7 @@ def _joined(workdir: Path, folds: Sequence[Measured]) -> Measured:
         dataset=folds[0].dataset,
         indices=[index for measured in folds for index in measured.indices],
         rows=rows,
+        heads=[head for measured in folds for head in measured.heads],
         run={
             **folds[0].run,
             "checkpoint": str(workdir),

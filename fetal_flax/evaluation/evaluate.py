@@ -19,8 +19,9 @@ from fetal_flax.inference.segmenter import (
     mean_logits,
     native_mask,
 )
+from fetal_flax.measurement.ellipse_overlap import ellipse_metrics
 from fetal_flax.measurement.gestational_age import trimester
-from fetal_flax.measurement.head import OUTLINE_PX, largest_region, measure_head
+from fetal_flax.measurement.head import OUTLINE_PX, Head, largest_region, measure_head
 from fetal_flax.measurement.overlap import segmentation_metrics
 from fetal_flax.measurement.quality import assess
 from fetal_flax.measurement.surface import surface_distances
@@ -40,6 +41,8 @@ class Measured:
     """Of the images in the data set."""
     rows: Sequence[Row]
     """One for each of `indices`."""
+    heads: Sequence[Head | None]
+    """What was measured in each mask."""
     run: Mapping[str, Any]
     """What was evaluated, as JSON values."""
 
@@ -52,7 +55,7 @@ def evaluate(
     split: SplitName = "all",
     tta: TestTimeAugmentation = "none",
 ) -> dict[str, Any]:
-    """Segments annotated images and measures how well masks and head circumferences match.
+    """Segments annotated images and measures how well ellipses, masks and circumferences match.
 
     Writes `masks/NAME.png` (native size, 0 or 255), `per_image.csv`, `metrics.json` and
     `report.html`, and overwrites files of these names. In `metrics.json`, `run` says what was
@@ -100,10 +103,12 @@ def measure(
     indices = _indices(checkpoint, dataset, split)
     predictor = Predictor(description.model, variables, description.image_size, tta=tta)
     outline_px = OUTLINE_PX[description.dataset]
-    rows = []
+    rows, heads = [], []
     records = map(dataset.record, track(indices, "Evaluating"))
     for record, views in predictor.segment(records, lambda record: record.image):
-        rows.append(_measure_record(output, record, views, outline_px))
+        row, head = _measure_record(output, record, views, outline_px)
+        rows.append(row)
+        heads.append(head)
     run = {
         "checkpoint": str(checkpoint),
         "epoch": _epoch(description),
@@ -115,7 +120,7 @@ def measure(
         "outline_px": outline_px,
         "model": to_dict(description.model),
     }
-    return Measured(dataset, indices, rows, run)
+    return Measured(dataset, indices, rows, heads, run)
 
 
 def write_results(
@@ -143,8 +148,10 @@ def write_results(
     return metrics
 
 
-def _measure_record(output: Path, record: Record, views: Views, outline_px: float) -> Row:
-    """Writes one image's mask and returns its row."""
+def _measure_record(
+    output: Path, record: Record, views: Views, outline_px: float
+) -> tuple[Row, Head | None]:
+    """Writes one image's mask and returns its row and the head that was found."""
     logits = mean_logits(views)
     mask = native_mask(logits, record.image.shape)
     write_mask(output / "masks" / f"{record.name}.png", mask)
@@ -157,11 +164,12 @@ def _measure_record(output: Path, record: Record, views: Views, outline_px: floa
     circumference = head.circumference_mm if head else 0.0
     error = circumference - reference
     quality = assess(logits, head)
-    return Row(
+    row = Row(
         record.name,
-        segmentation_metrics(mask, truth)
-        | surface_distances(mask, truth, pixel_size)
-        | {"hc_error_mm": error, "hc_abs_error_mm": abs(error)},
+        ellipse_metrics(head, truth, pixel_size)
+        | {"hc_error_mm": error, "hc_abs_error_mm": abs(error)}
+        | segmentation_metrics(mask, truth)
+        | surface_distances(mask, truth, pixel_size),
         {
             "hc_mm": circumference,
             "hc_reference_mm": reference,
@@ -174,21 +182,21 @@ def _measure_record(output: Path, record: Record, views: Views, outline_px: floa
             "flags": " ".join(quality.flags),
         },
     )
+    return row, head
 
 
 def _worst_cases(output: Path, measured: Measured) -> list[WorstCase]:
-    """Draws the images of lowest Dice, from the masks that were written."""
-    pairs = zip(measured.indices, measured.rows, strict=True)
+    """Draws the images whose ellipse has the lowest Dice, with the masks that were written."""
+    images = zip(measured.indices, measured.rows, measured.heads, strict=True)
+    worst = sorted(images, key=lambda image: image[1].metrics["ellipse_dice"])[:WORST_CASES]
     cases = []
-    for index, row in sorted(pairs, key=lambda pair: pair[1].metrics["dice"])[:WORST_CASES]:
+    for index, row, head in worst:
         record = measured.dataset.record(index)
         mask = read_gray(output / "masks" / f"{record.name}.png") > 0
         picture = pictures.overlay(record.image, prediction=mask, truth=record.mask > 0)
-        head = measure_head(mask, record.pixel_size_mm, outline_px=measured.run["outline_px"])
         if head:
-            picture = pictures.draw_ellipse(picture, head.ellipse)
-        metrics = row.metrics
-        cases.append(WorstCase(record.name, metrics["dice"], metrics["hc_error_mm"], picture))
+            picture = pictures.draw_ellipse(picture, head.edge_ellipse)
+        cases.append(WorstCase(row, picture))
     return cases
 
 

@@ -32,7 +32,10 @@ class Head:
     """A head found in a mask."""
 
     ellipse: Ellipse
-    """In pixels of the mask, the convention's outline taken off."""
+    """In pixels of the mask, the convention's outline taken off: what is measured."""
+    edge_ellipse: Ellipse
+    """In pixels of the mask, as fitted to the region's edge, the outline still in it: what is
+    compared with annotated masks, which hold the outline too."""
     pixel_size_mm: float
     touches_border: bool
     """Part of the edge lies on the image's border, where the head was cut off; the fit leaves
@@ -82,7 +85,7 @@ def measure_head(
     )
     filled = edge.filled(*mask.shape) > 0
     agreement = segmentation_metrics(filled, region)["dice"]
-    return Head(ellipse, pixel_size_mm, touches_border, components, agreement)
+    return Head(ellipse, edge, pixel_size_mm, touches_border, components, agreement)
 
 
 def largest_region(

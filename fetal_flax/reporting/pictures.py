@@ -7,6 +7,7 @@ leak between callers and need a display.
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -26,7 +27,7 @@ TRUTH_COLOUR = (40, 220, 60)
 PREDICTION_COLOUR = (255, 0, 255)
 """RGB of the predicted outline."""
 ELLIPSE_COLOUR = (255, 200, 0)
-"""RGB of the ellipse that is measured."""
+"""RGB of the ellipse of the predicted mask."""
 _SHIFT = 4
 TRAIN_COLOUR = "#0072b2"
 VALIDATION_COLOUR = "#d55e00"
@@ -34,6 +35,7 @@ THICK_OUTLINE_FROM = 512
 """Longest side, in pixels, from which outlines are 2 pixels wide instead of 1."""
 SHEET_COLUMNS = 4
 SHEET_PANEL_INCHES = 2.9
+SHEET_CAPTION_INCHES = 0.37
 SHEET_DPI = 130
 
 
@@ -74,9 +76,21 @@ def overlay(
 
 
 def draw_ellipse(
-    rgb: UInt8[np.ndarray, "height width 3"], ellipse: Ellipse
+    rgb: UInt8[np.ndarray, "height width 3"],
+    ellipse: Ellipse,
+    *,
+    scale: tuple[float, float] = (1.0, 1.0),
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns a picture with an ellipse and its axes drawn in `ELLIPSE_COLOUR`, anti-aliased."""
+    """Draws an ellipse and its axes in `ELLIPSE_COLOUR`, anti-aliased.
+
+    Args:
+        rgb: The picture.
+        ellipse: In pixels of the image.
+        scale: Width and height of the picture as shares of the image's.
+
+    Returns:
+        A new picture.
+    """
     turn = np.linspace(0, 2 * np.pi, 361)
     one, zero = np.array([-1.0, 1.0]), np.zeros(2)
     lines = (
@@ -84,8 +98,11 @@ def draw_ellipse(
         ellipse.points(one, zero),
         ellipse.points(zero, one),
     )
+    # The image's corner stays where it is, half a pixel before the first pixel's centre.
+    factor = np.array(scale)
+    scaled = [factor * line + (factor - 1) / 2 for line in lines]
     # OpenCV draws fixed-point coordinates.
-    fixed = [np.round(line * 2**_SHIFT).astype(np.int32) for line in lines]
+    fixed = [np.round(line * 2**_SHIFT).astype(np.int32) for line in scaled]
     return cv2.polylines(rgb.copy(), fixed, False, ELLIPSE_COLOUR, 1, cv2.LINE_AA, _SHIFT)
 
 
@@ -99,69 +116,83 @@ def write_png(path: str | Path, rgb: UInt8[np.ndarray, "height width 3"]) -> Non
     write_atomically(path, png.tobytes())
 
 
-def overlay_sheet(
-    path: str | Path,
-    images: Sequence[UInt8[np.ndarray, "_ _"]],
-    predictions: Sequence[Bool[np.ndarray, "_ _"]],
-    truths: Sequence[Bool[np.ndarray, "_ _"]],
-    names: Sequence[str],
-    dices: Sequence[float],
-) -> None:
-    """Writes a sheet of overlays, four to a row, each with its name and Dice above it.
+class SheetImage(NamedTuple):
+    """An image of a sheet, and what a network sees in it."""
+
+    name: str
+    image: UInt8[np.ndarray, "height width"]
+    prediction: Bool[np.ndarray, "height width"]
+    truth: Bool[np.ndarray, "height width"]
+    ellipse: Ellipse | None
+    """That of the prediction, in pixels of the image; None where no head was found."""
+    ellipse_dice: float
+    """Dice of the ellipse, in [0, 1]."""
+    dice: float
+    """Dice of the predicted mask, in [0, 1]."""
+
+
+def overlay_sheet(path: str | Path, images: Sequence[SheetImage]) -> None:
+    """Writes a sheet of overlays, four to a row, each with its name and both Dice above it.
 
     Args:
         path: The PNG file; its folder is created if needed.
-        images: Grey images in the order of the sheet; their sizes may differ.
-        predictions: The predicted mask of each image.
-        truths: The annotated mask of each image.
-        names: How each image is called.
-        dices: The Dice of each image, in [0, 1].
+        images: In the order of the sheet; their sizes may differ.
 
     Raises:
         InputError: The file can't be written.
-        ValueError: There are no images, the sequences differ in length, or a mask's shape is not
-            its image's.
+        ValueError: There are no images.
     """
     if not images:
         raise ValueError("a sheet needs at least one image")
     columns = min(SHEET_COLUMNS, len(images))
     rows = -(-len(images) // columns)
-    panel_height = SHEET_PANEL_INCHES * max(image.shape[0] / image.shape[1] for image in images)
+    aspect = max(entry.image.shape[0] / entry.image.shape[1] for entry in images)
     figure = Figure(
-        figsize=(columns * SHEET_PANEL_INCHES, rows * (panel_height + 0.2) + 0.3),
+        figsize=(
+            columns * SHEET_PANEL_INCHES,
+            rows * (SHEET_PANEL_INCHES * aspect + SHEET_CAPTION_INCHES) + 0.3,
+        ),
         dpi=SHEET_DPI,
         layout="constrained",
     )
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in panels:
         panel.axis("off")
-    for panel, image, prediction, truth, name, dice in zip(
-        panels[: len(images)], images, predictions, truths, names, dices, strict=True
-    ):
-        panel.imshow(_shrunk_overlay(image, prediction, truth))
-        panel.set_title(f"{name}   Dice {dice:.3f}", fontsize=9, pad=3)
+    for panel, entry in zip(panels, images, strict=False):
+        panel.imshow(_shrunk_overlay(entry))
+        dices = f"Dice: ellipse {entry.ellipse_dice:.3f}, raw mask {entry.dice:.3f}"
+        panel.set_title(f"{entry.name}\n{dices}", fontsize=9, pad=3)
+    colours = {
+        "annotation": TRUTH_COLOUR,
+        "prediction": PREDICTION_COLOUR,
+        "ellipse of its largest region": ELLIPSE_COLOUR,
+    }
     figure.legend(
         handles=[
             Line2D([], [], color="#" + bytes(colour).hex(), linewidth=2.5, label=label)
-            for label, colour in (("annotation", TRUTH_COLOUR), ("prediction", PREDICTION_COLOUR))
+            for label, colour in colours.items()
         ],
         loc="outside lower center",
-        ncols=2,
+        ncols=len(colours),
         frameon=False,
         fontsize=10,
     )
     _save(figure, path)
 
 
-def _shrunk_overlay(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def _shrunk_overlay(entry: SheetImage) -> UInt8[np.ndarray, "height width 3"]:
     """Draws the outlines at the panel's size: drawn before shrinking, they would fade."""
-    width = min(image.shape[1], round(SHEET_PANEL_INCHES * SHEET_DPI))
-    size = (width, max(1, round(image.shape[0] * width / image.shape[1])))
-    return overlay(
-        cv2.resize(image, size, interpolation=cv2.INTER_AREA),
-        prediction=_shrink_mask(prediction, size),
-        truth=_shrink_mask(truth, size),
+    height, width = entry.image.shape
+    shrunk_width = min(width, round(SHEET_PANEL_INCHES * SHEET_DPI))
+    size = (shrunk_width, max(1, round(height * shrunk_width / width)))
+    rgb = overlay(
+        cv2.resize(entry.image, size, interpolation=cv2.INTER_AREA),
+        prediction=_shrink_mask(entry.prediction, size),
+        truth=_shrink_mask(entry.truth, size),
     )
+    if entry.ellipse is None:
+        return rgb
+    return draw_ellipse(rgb, entry.ellipse, scale=(size[0] / width, size[1] / height))
 
 
 def _shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -100,7 +100,7 @@ def train(
         progress = session.progress
         if is_first():
             _write_curves(progress, workdir)
-            _write_sheet(setup, workdir)
+            write_validation_sheet(setup, workdir)
         best, score = progress.stopping, SCORES[config.schedule.select_by]
         console(
             Message(
@@ -141,26 +141,33 @@ def _write_curves(progress: RunProgress, workdir: Path) -> None:
     pictures.training_curves(workdir / "curves.png", progress.history)
 
 
-def _write_sheet(setup: Setup, workdir: Path) -> None:
-    """Draws validation images, from the worst Dice to the best, with the best checkpoint."""
+def write_validation_sheet(setup: Setup, workdir: Path) -> None:
+    """Draws validation images, from the worst ellipse to the best, with the best checkpoint."""
     from fetal_flax.inference.segmenter import Predictor
+    from fetal_flax.measurement.ellipse_overlap import ellipse_mask
+    from fetal_flax.measurement.head import OUTLINE_PX, measure_head
     from fetal_flax.measurement.overlap import segmentation_metrics
     from fetal_flax.reporting import pictures
 
     predictor = Predictor.from_checkpoint(workdir)
     records = [setup.dataset.record(i) for i in setup.split.validation]
     masks = predictor.masks([record.image for record in records])
-    truths = [record.mask > 0 for record in records]
-    dices = [
-        segmentation_metrics(mask, truth)["dice"] for mask, truth in zip(masks, truths, strict=True)
-    ]
-    order = np.argsort(dices)
-    chosen = order[np.linspace(0, len(order) - 1, min(SHEET_IMAGES, len(order))).astype(int)]
-    pictures.overlay_sheet(
-        workdir / "validation.png",
-        [records[i].image for i in chosen],
-        [masks[i] for i in chosen],
-        [truths[i] for i in chosen],
-        [records[i].name for i in chosen],
-        [dices[i] for i in chosen],
-    )
+    outline_px = OUTLINE_PX[setup.config.data.dataset]
+    images = []
+    for record, mask in zip(records, masks, strict=True):
+        truth = record.mask > 0
+        head = measure_head(mask, record.pixel_size_mm, outline_px=outline_px)
+        images.append(
+            pictures.SheetImage(
+                record.name,
+                record.image,
+                mask,
+                truth,
+                head.edge_ellipse if head else None,
+                segmentation_metrics(ellipse_mask(head, truth.shape), truth)["dice"],
+                segmentation_metrics(mask, truth)["dice"],
+            )
+        )
+    images.sort(key=lambda image: image.ellipse_dice)
+    chosen = np.linspace(0, len(images) - 1, min(SHEET_IMAGES, len(images))).astype(int)
+    pictures.overlay_sheet(workdir / "validation.png", [images[i] for i in chosen])

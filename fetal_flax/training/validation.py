@@ -14,8 +14,7 @@ from fetal_flax.data.device_loader import evaluation_recipes
 from fetal_flax.data.host_loader import evaluation_batches
 from fetal_flax.data.prefetch import DeviceBatches, prefetch_to_device
 from fetal_flax.errors import Interrupted
-from fetal_flax.measurement.head import measure_head
-from fetal_flax.measurement.overlap import segmentation_metrics
+from fetal_flax.measurement.ellipse_overlap import ellipse_dice
 from fetal_flax.models.functional import Variables
 from fetal_flax.models.unet import Maps
 from fetal_flax.training.distributed import shard
@@ -23,12 +22,6 @@ from fetal_flax.training.interruption import Interruption
 from fetal_flax.training.setup import Setup
 from fetal_flax.training.sharding import batch_sharding, step_sharding
 from fetal_flax.training.step import encoder_is_static
-
-
-def ellipse_dice(mask: np.ndarray, truth: np.ndarray) -> float:
-    head = measure_head(mask, 1.0, outline_px=0.0)
-    filled = head.ellipse.filled(*mask.shape) > 0 if head else np.zeros_like(truth)
-    return segmentation_metrics(filled, truth)["dice"]
 
 
 class Validation:

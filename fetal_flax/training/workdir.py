@@ -6,7 +6,7 @@ WORKDIR/run.json             what was found out at the start: pos_weight, versio
 WORKDIR/checkpoints/         the last two epochs and the best; where the run was interrupted
 WORKDIR/metrics.csv          a row per epoch; tensorboard/ has the same and every step
 WORKDIR/curves.png           loss, Dice and learning rate over the epochs
-WORKDIR/validation.png       validation images with the outlines of truth and prediction
+WORKDIR/validation.png       validation images with the outlines of truth, prediction and ellipse
 WORKDIR/profile/             traces of a few steps, with --profile
 WORKDIR/non_finite/          the batch that stopped the run, where one did
 WORKDIR/damaged/             checkpoints that could not be read, where a run resumed before them

@@ -68,7 +68,8 @@ def test_the_report_is_that_of_the_folds_together(finished, tmp_path):
     assert metrics["run"]["epoch"] == [1, 1] and metrics["run"]["checkpoint"] == str(workdir)
     for fold in range(FOLDS):
         alone = evaluate(workdir / f"fold-{fold}", tmp_path / str(fold), split="validation")
-        assert metrics["by"]["fold"][str(fold)]["dice"] == alone["dice"]
+        for name in ("dice", "ellipse_dice", "ellipse_hausdorff_mm"):
+            assert metrics["by"]["fold"][str(fold)][name] == alone[name]
         for row in rows(tmp_path / str(fold)):
             name = f"{row['name']}.png"
             assert (workdir / "masks" / name).read_bytes() == (

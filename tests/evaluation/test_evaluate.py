@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,11 @@ from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation.evaluate import evaluate
 from fetal_flax.inference.segmenter import Predictor
+from fetal_flax.measurement.ellipse_overlap import ellipse_dice
 from fetal_flax.measurement.gestational_age import trimester
+from fetal_flax.measurement.head import OUTLINE_PX, measure_head
 from fetal_flax.models import functional
+from fetal_flax.reporting import pictures
 
 MODEL = ModelConfig(name="unet", base_width=4)
 NAMES = ("000_HC", "001_2HC", "001_HC", "002_HC", "003_2HC", "003_HC")
@@ -77,7 +81,9 @@ def test_distances_and_circumferences_are_in_millimetres(tiny_hc18, tmp_path, mo
             mask = hc18.load(record)[1] if record.name != "002_HC" else 0 * image(item)
             yield item, np.where(mask, 9, -9).astype(np.float32)[None]
 
+    shown = set()
     monkeypatch.setattr(Predictor, "segment", segment)
+    monkeypatch.setattr(pictures, "draw_ellipse", lambda rgb, ellipse: shown.add(ellipse) or rgb)
     metrics = evaluate(save(tmp_path / "checkpoint"), tmp_path / "out", data_dir=tiny_hc18)
     written = rows(tmp_path / "out")
     assert metrics["run"]["missed"] == ["002_HC"]
@@ -88,6 +94,15 @@ def test_distances_and_circumferences_are_in_millimetres(tiny_hc18, tmp_path, mo
         diagonal = record.pixel_size_mm * np.hypot(107, 159)
         worst = 0 if right else pytest.approx(diagonal, abs=0.01)
         assert float(row["hausdorff_mm"]) == float(row["assd_mm"]) == worst
+        # An annotated mask is an ellipse but for the pixels of its rim.
+        annotated = hc18.load(record)[1] > 0
+        own = ellipse_dice(annotated, annotated)
+        assert 0.99 < own < 1 and float(row["ellipse_dice"]) == (own if right else 0)
+        head = measure_head(annotated, record.pixel_size_mm, outline_px=OUTLINE_PX["hc18"])
+        assert head and (head.edge_ellipse in shown) == right
+        for name in ("hausdorff_mm", "hausdorff95_mm", "assd_mm"):
+            rim = 2 * record.pixel_size_mm if right else 0
+            assert float(row[f"ellipse_{name}"]) == pytest.approx(float(row[name]), abs=rim)
         assert float(row["hc_reference_mm"]) == reference
         assert float(row["hc_mm"]) - reference == pytest.approx(float(row["hc_error_mm"]))
         assert abs(float(row["hc_error_mm"])) == float(row["hc_abs_error_mm"])
@@ -104,6 +119,14 @@ def test_distances_and_circumferences_are_in_millimetres(tiny_hc18, tmp_path, mo
         members = [row for row in written.values() if row["trimester"] == name]
         dices = [float(row["dice"]) for row in members]
         assert group["n"] == len(dices) and group["dice"]["mean"] == pytest.approx(np.mean(dices))
+        for metric in ("ellipse_dice", "ellipse_assd_mm"):
+            values = [float(row[metric]) for row in members]
+            assert group[metric]["mean"] == pytest.approx(np.mean(values))
+            assert set(group[metric]) == {"mean", "std", "median", "ci95"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    captions = re.findall(r"<figcaption>(\w+): ellipse Dice ([\d.]+) %", page)
+    assert captions[0] == ("002_HC", "0.0") and len(captions) == 6
+    assert captions == sorted(captions, key=lambda caption: float(caption[1]))
     assert metrics["hc_abs_error_mm"]["mean"] == pytest.approx(
         np.mean([float(row["hc_abs_error_mm"]) for row in written.values()])
     )

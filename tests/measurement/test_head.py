@@ -64,6 +64,13 @@ def test_the_outline_is_taken_off_both_axes():
     assert (taken_off.center_x, taken_off.angle) == (without.center_x, without.angle)
 
 
+@pytest.mark.parametrize("outline_px", [0.0, 1.4])
+def test_the_edges_ellipse_keeps_the_outline(outline_px):
+    head = _measured(_mask(ELLIPSE), outline_px)
+    assert head.edge_ellipse == fit_ellipse(edge_points(_mask(ELLIPSE))[0])
+    assert head.edge_ellipse.semi_major == head.ellipse.semi_major + outline_px
+
+
 @pytest.mark.parametrize("side", ["top", "left", "bottom", "right"])
 def test_a_head_cut_off_by_the_border_is_measured_as_if_it_went_on(side):
     y = {"top": 70.0, "bottom": 190.0}.get(side, 130.0)

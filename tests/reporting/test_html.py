@@ -9,7 +9,8 @@ import pytest
 from fetal_flax.reporting.html import PUBLISHED, WorstCase, write_report
 from fetal_flax.reporting.tables import Row, write_metrics
 
-NAMES = ("dice", "iou", "hausdorff_mm", "hausdorff95_mm", "assd_mm")
+OF_MASK = ("dice", "iou", "hausdorff_mm", "hausdorff95_mm", "assd_mm")
+OF_ELLIPSE = tuple(f"ellipse_{name}" for name in OF_MASK if name != "iou")
 
 
 class Page(html.parser.HTMLParser):
@@ -46,7 +47,8 @@ def make(tmp_path):
         rows = [
             Row(
                 f"{index:03d}_HC",
-                dict.fromkeys(NAMES, 0.9 + 0.01 * index)
+                dict.fromkeys(OF_ELLIPSE, 0.9 + 0.01 * index)
+                | dict.fromkeys(OF_MASK, 0.8 + 0.01 * index)
                 | {"hc_error_mm": error, "hc_abs_error_mm": abs(error)},
                 {
                     "hc_mm": reference + error,
@@ -69,7 +71,8 @@ def make(tmp_path):
         }
         picture = np.zeros((30, 40, 3), np.uint8)
         picture[..., 0] = 255
-        worst = [WorstCase("001_HC & co", 0.5, -3.25, picture)]
+        numbers = {"ellipse_dice": 0.5, "dice": 0.25, "hc_error_mm": -3.25}
+        worst = [WorstCase(Row("001_HC & co", numbers, {}), picture)]
         path = tmp_path / "report.html"
         write_report(path, write_metrics(tmp_path, rows, run=run), rows, worst, curves=curves)
         return path.read_text()
@@ -91,14 +94,26 @@ def test_the_page_is_whole_and_needs_no_network(make):
 
 def test_names_from_outside_are_escaped(make):
     text = make(missed=("<script>",))
-    assert "runs/&lt;b&gt;" in text and "001_HC &amp; co: Dice 50.0 %, DF -3.2 mm" in text
+    assert "runs/&lt;b&gt;" in text
+    assert "001_HC &amp; co: ellipse Dice 50.0 %, raw mask Dice 25.0 %, DF -3.2 mm" in text
     assert "<script>" not in text and "&lt;script&gt;" in text
 
 
-def test_the_headline_has_the_metrics_in_percent_and_millimetres(make):
+def test_the_headline_has_the_ellipse_then_the_mask_in_percent_and_millimetres(make):
     text = make(2)
-    assert "<td>Dice, %</td><td>90.50 ± 0.71</td><td>90.50</td>" in text
-    assert "<td>ADF, mm</td>" in text
+    places = [
+        text.index(part)
+        for part in (
+            '<tr><th colspan="4">Ellipse of the largest region</th></tr>',
+            "<td>Dice, %</td><td>90.50 ± 0.71</td><td>90.50</td>",
+            "<td>Hausdorff, mm</td><td>0.91 ± 0.01</td>",
+            "<td>ADF, mm</td>",
+            '<tr><th colspan="4">Raw mask</th></tr>',
+            "<td>Dice, %</td><td>80.50 ± 0.71</td><td>80.50</td>",
+            "<td>IoU, %</td><td>80.50 ± 0.71</td>",
+        )
+    ]
+    assert places == sorted(places)
 
 
 def test_missed_heads_are_said(make):
@@ -122,7 +137,9 @@ def test_training_curves_are_shown_where_there_are_any(make):
 
 def test_a_row_stands_beside_published_ones_where_the_data_set_is_theirs(make):
     text = make(2)
-    assert "<td>This network, 2 images</td><td>90.50 ± 0.71</td>" in text
+    ours = "<td>This network, 2 images: ellipse of the largest region</td><td>90.50 ± 0.71</td>"
+    mask = "<td>This network, 2 images: raw mask</td><td>80.50 ± 0.71</td><td>0.81 ± 0.01</td>"
+    assert text.index(ours) < text.index(f"{mask}<td></td><td></td>") < text.index(PUBLISHED[0][0])
     for method, numbers in PUBLISHED:
         assert f"<td>{method}</td>" in text and f"<td>{numbers[0]}</td>" in text
     assert PUBLISHED[0][0] not in make(dataset="fetal_phantom")
@@ -130,15 +147,22 @@ def test_a_row_stands_beside_published_ones_where_the_data_set_is_theirs(make):
 
 def test_trimesters_and_folds_have_their_rows(make):
     text = make(5, folds=2)
-    assert "<tr><td>second</td><td>5</td><td>92.00 ± 1.58</td>" in text
-    assert "<tr><td>0</td><td>3</td>" in text and "<tr><td>1</td><td>2</td>" in text
+    trimester, fold = (text.index(f"<h2>By {name}</h2>") for name in ("trimester", "fold"))
+    ellipses = text.index("<tr><td>second</td><td>5</td><td>92.00 ± 1.58</td>")
+    masks = text.index("<tr><td>second</td><td>5</td><td>82.00 ± 1.58</td>")
+    assert trimester < ellipses < masks < fold
+    for dice in (92, 82):
+        assert f"<tr><td>0</td><td>3</td><td>{dice}.00 ± 2.00</td>" in text
+        assert f"<tr><td>1</td><td>2</td><td>{dice}.00 ± 1.41</td>" in text
     assert "By fold" not in make(5)
 
 
 def test_flags_have_their_images_counted(make):
     text = make(4)
-    for flag, count, dice in (("none", 3, 91.67), ("several components", 1, 91.0)):
-        assert f"<tr><td>{flag}</td><td>{count}</td><td>{dice:.2f}</td>" in text
+    for flag, count, dice, lowest in (("none", 3, 91.67, 90), ("several components", 1, 91, 91)):
+        of_ellipse = f"<td>{dice:.2f}</td><td>{lowest:.2f}</td>"
+        of_mask = f"<td>{dice - 10:.2f}</td><td>{lowest - 10:.2f}</td>"
+        assert f"<tr><td>{flag}</td><td>{count}</td>{of_ellipse}{of_mask}" in text
     assert "low ellipse agreement" not in text
 
 

@@ -3,16 +3,23 @@ import math
 import cv2
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
+from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.reporting.pictures import (
+    ELLIPSE_COLOUR,
     PREDICTION_COLOUR,
     THICK_OUTLINE_FROM,
     TRUTH_COLOUR,
+    SheetImage,
+    draw_ellipse,
     overlay,
     overlay_sheet,
     training_curves,
     write_png,
 )
+
+ELLIPSE = Ellipse(center_x=380.0, center_y=270.0, semi_major=190.0, semi_minor=160.0, angle=0.3)
 
 
 def grey_image(height=80, width=120):
@@ -100,17 +107,29 @@ def read_rgb(path):
     return read[..., ::-1]
 
 
+def test_an_ellipse_is_drawn_where_a_picture_of_another_size_has_it():
+    ellipse = Ellipse(30.0, 20.0, 15.0, 9.0, 0.4)
+    blank = np.zeros((240, 480, 3), np.uint8)
+    drawn = draw_ellipse(blank, ellipse, scale=(8.0, 6.0)).any(-1)
+    enlarged = np.kron(ellipse.filled(40, 60), np.ones((6, 8), np.uint8))
+    for axis, pixel in ((0, 6), (1, 8)):
+        ours, expected = (np.nonzero(mask)[axis] for mask in (drawn, enlarged))
+        ours, expected = (np.array([where.min(), where.max()]) for where in (ours, expected))
+        assert abs(ours - expected).max() <= pixel
+        assert ours.mean() == pytest.approx(expected.mean(), abs=1)
+    assert not blank.any()
+
+
+def sheet_image(height=540, width=800, *, ellipse: Ellipse | None = ELLIPSE, name="000_HC"):
+    truth = disc(height, width, centre=(width // 2, height // 2), radius=height // 3)
+    prediction = np.roll(truth, -width // 40, axis=1)
+    return SheetImage(name, grey_image(height, width), prediction, truth, ellipse, 0.97, 0.95)
+
+
 @pytest.mark.parametrize("count", [1, 5, 12])
 def test_sheet_is_one_reasonable_png(tmp_path, count):
     path = tmp_path / "new" / "sheet.png"
-    overlay_sheet(
-        path,
-        [grey_image(540, 800)] * count,
-        [disc(540, 800, centre=(380, 270), radius=180)] * count,
-        [disc(540, 800, centre=(400, 270), radius=180)] * count,
-        [f"{index:03d}_HC" for index in range(count)],
-        [0.95] * count,
-    )
+    overlay_sheet(path, [sheet_image(name=f"{index:03d}_HC") for index in range(count)])
     rgb = read_rgb(path)
     assert has_colour(rgb, TRUTH_COLOUR).any()
     assert has_colour(rgb, PREDICTION_COLOUR).any()
@@ -119,18 +138,31 @@ def test_sheet_is_one_reasonable_png(tmp_path, count):
     assert not list(path.parent.glob("*.tmp"))
 
 
+def test_sheet_shows_the_ellipse_where_there_is_one(tmp_path):
+    shown = []
+    for ellipse in (ELLIPSE, None):
+        overlay_sheet(tmp_path / "sheet.png", [sheet_image(ellipse=ellipse)])
+        shown.append(has_colour(read_rgb(tmp_path / "sheet.png"), ELLIPSE_COLOUR).sum())
+    # The legend names the colour in any case.
+    assert shown[0] > shown[1] + 500 and shown[1] > 0
+
+
+def test_sheet_says_both_dice(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(Axes, "set_title", lambda panel, text, **_: said.append(text))
+    overlay_sheet(tmp_path / "sheet.png", [sheet_image(name="a"), sheet_image(name="b")])
+    assert said == [f"{name}\nDice: ellipse 0.970, raw mask 0.950" for name in ("a", "b")]
+
+
 def test_sheet_takes_images_of_different_sizes(tmp_path):
-    images = [grey_image(64, 64), grey_image(540, 800), grey_image(300, 200)]
-    masks = [disc(*image.shape) for image in images]
-    overlay_sheet(tmp_path / "sheet.png", images, masks, masks, ["a", "b", "c"], [1.0] * 3)
+    sizes = [(64, 64), (540, 800), (300, 200)]
+    overlay_sheet(tmp_path / "sheet.png", [sheet_image(*size) for size in sizes])
     assert read_rgb(tmp_path / "sheet.png").size
 
 
-def test_sheet_refuses_nothing_and_unequal_lengths(tmp_path):
+def test_sheet_refuses_nothing(tmp_path):
     with pytest.raises(ValueError, match="at least one"):
-        overlay_sheet(tmp_path / "sheet.png", [], [], [], [], [])
-    with pytest.raises(ValueError):
-        overlay_sheet(tmp_path / "sheet.png", [grey_image()], [disc()], [disc()], ["a", "b"], [1.0])
+        overlay_sheet(tmp_path / "sheet.png", [])
     assert not list(tmp_path.iterdir())
 
 

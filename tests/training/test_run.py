@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from fetal_flax import checkpoints
 from fetal_flax.config import (
@@ -19,9 +20,14 @@ from fetal_flax.config import (
     TrainConfig,
 )
 from fetal_flax.errors import InputError, Interrupted
+from fetal_flax.inference.segmenter import Predictor
+from fetal_flax.measurement.ellipse_overlap import ellipse_dice
+from fetal_flax.measurement.overlap import segmentation_metrics
 from fetal_flax.models import functional
+from fetal_flax.reporting import pictures
 from fetal_flax.training.events import CallDone, Event
-from fetal_flax.training.run import train
+from fetal_flax.training.run import train, write_validation_sheet
+from fetal_flax.training.setup import prepare
 from fetal_flax.training.workdir import read_config
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +45,33 @@ def test_a_run_leaves_config_split_metrics_pictures_and_logs(finished, small_con
         assert cv2.imread(str(finished / picture)) is not None
     assert list((finished / "tensorboard").glob("events*"))
     assert list((finished / "profile").rglob("*.xplane.pb"))
+
+
+def test_the_sheet_shows_validation_images_from_the_worst_ellipse_to_the_best(
+    finished, small_config, monkeypatch
+):
+    run = prepare(small_config())
+    records = [run.dataset.record(index) for index in run.split.validation]
+    masks = {}
+    for number, record in enumerate(records):
+        masks[record.name] = np.roll(record.mask > 0, number * 4 % 7, axis=1)
+        if number % 2:
+            hole = np.asarray(ndimage.binary_erosion(record.mask, iterations=5), bool)
+            masks[record.name] &= ~hole
+    masks[records[3].name][:] = False
+    sheets = []
+    monkeypatch.setattr(Predictor, "masks", lambda self, images: list(masks.values()))
+    monkeypatch.setattr(pictures, "overlay_sheet", lambda path, images: sheets.append(images))
+    write_validation_sheet(run, finished)
+    (images,) = sheets
+    assert images[0].name == records[3].name and images[0].ellipse is None
+    assert {image.name for image in images} == masks.keys()
+    for image in images:
+        assert image.prediction is masks[image.name]
+        assert image.ellipse_dice == ellipse_dice(image.prediction, image.truth)
+        assert image.dice == segmentation_metrics(image.prediction, image.truth)["dice"]
+    dices, raw = ([getattr(image, name) for image in images] for name in ("ellipse_dice", "dice"))
+    assert dices == sorted(dices) and raw != sorted(raw)
 
 
 def test_the_best_checkpoint_describes_itself(finished, read_rows):
