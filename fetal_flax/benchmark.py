@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
+from fetal_flax import checkpoints
 from fetal_flax._util import console
 from fetal_flax._util.machine import available_cpus
 from fetal_flax.config import (
@@ -32,9 +33,11 @@ from fetal_flax.config import (
     TrainConfig,
 )
 from fetal_flax.data.batch import Batch
+from fetal_flax.errors import InputError
 from fetal_flax.inference.segmenter import Predictor
 from fetal_flax.models import functional
 from fetal_flax.models.complexity import summarize
+from fetal_flax.models.functional import Variables
 from fetal_flax.training.compile import create_programs, create_state
 from fetal_flax.training.sharding import batch_sharding, check_batch_size, create_mesh
 
@@ -85,18 +88,41 @@ class Report:
     """Of the device's memory where it says so, else of the process's."""
 
 
+def network(
+    model: ModelConfig, checkpoint: Path | None, image_size: tuple[int, int] | None
+) -> tuple[ModelConfig, Variables, tuple[int, int]]:
+    """Returns the network to measure, its variables, and the size of the images.
+
+    Args:
+        model: The network where there is no checkpoint; its variables are random.
+        checkpoint: Training workdir, converted directory, or a shipped network's name.
+        image_size: Height and width; None takes the checkpoint's.
+
+    Raises:
+        InputError: The checkpoint can't be loaded, or is given beside settings of the model.
+    """
+    if checkpoint is None:
+        return model, functional.init(model, 0), image_size or DataConfig.image_size
+    if model != ModelConfig():
+        raise InputError("--checkpoint tells which network to measure: leave --model.* out")
+    variables, description = checkpoints.load(checkpoint)
+    return description.model, variables, image_size or description.image_size
+
+
 def benchmark(
     model: ModelConfig,
+    variables: Variables,
     image_size: tuple[int, int],
     *,
     inference_batches: Sequence[int],
     training_batch: int,
     repeats: int,
 ) -> Report:
-    """Measures inference and training of a network with random weights, encoder frozen.
+    """Measures inference and training of a network, encoder frozen.
 
     Args:
         model: The network.
+        variables: Its parameters and batch statistics.
         image_size: Height and width of the images.
         inference_batches: Images per call.
         training_batch: Images per step, over all devices together.
@@ -111,10 +137,11 @@ def benchmark(
     learning = 2 * sum(part.macs for part in parts.parts if part.trainable)
     machine = _machine(model, repeats)
     timings = [
-        _measure(_inference(model, image_size, batch), batch, forward, machine, repeats)
+        _measure(_inference(model, variables, image_size, batch), batch, forward, machine, repeats)
         for batch in inference_batches
     ]
-    training = _training(model, image_size, training_batch)
+    # Last, for a step consumes the variables.
+    training = _training(model, variables, image_size, training_batch)
     timings.append(_measure(training, training_batch, forward + 2 * learning, machine, repeats))
     return Report(machine, model.title, image_size, tuple(timings), _peak_bytes())
 
@@ -159,14 +186,18 @@ class _Computation(NamedTuple):
     following: Callable[[Any], tuple[Any, ...]]
 
 
-def _inference(model: ModelConfig, image_size: tuple[int, int], batch_size: int) -> _Computation:
-    predictor = Predictor(model, functional.init(model, 0), image_size, batch_size=batch_size)
+def _inference(
+    model: ModelConfig, variables: Variables, image_size: tuple[int, int], batch_size: int
+) -> _Computation:
+    predictor = Predictor(model, variables, image_size, batch_size=batch_size)
     images = jnp.zeros((batch_size, *image_size, model.in_channels), jnp.uint8)
     function, arguments = predictor.call(images)
     return _Computation("inference", function, arguments, lambda _: arguments)
 
 
-def _training(model: ModelConfig, image_size: tuple[int, int], batch_size: int) -> _Computation:
+def _training(
+    model: ModelConfig, variables: Variables, image_size: tuple[int, int], batch_size: int
+) -> _Computation:
     mesh = create_mesh()
     check_batch_size(batch_size, mesh)
     config = TrainConfig(
@@ -175,7 +206,7 @@ def _training(model: ModelConfig, image_size: tuple[int, int], batch_size: int) 
         data=DataConfig(image_size=image_size),
         schedule=ScheduleConfig(batch_size=batch_size),
     )
-    state = create_state(config, functional.init(model, 0), mesh)
+    state = create_state(config, variables, mesh)
     rng = np.random.default_rng(0)
     batch = jax.device_put(
         Batch(
@@ -207,7 +238,7 @@ def _machine(model: ModelConfig, repeats: int) -> Machine:
     product_seconds = _repeat(product, (matrix,), lambda _: (matrix,), repeats)
     copy_seconds = _repeat(copy, (line,), lambda result: (result,), repeats)
     return Machine(
-        device=_device_name(),
+        device=device_name(),
         devices=jax.device_count(),
         jax=jax.__version__,
         python=platform.python_version(),
@@ -260,7 +291,7 @@ def _repeat(
     return seconds[1:]
 
 
-def _device_name() -> str:
+def device_name() -> str:
     """Returns the accelerator's name, or the processor's with the number of its cores."""
     device = jax.devices()[0]
     if device.platform != "cpu":

@@ -11,13 +11,14 @@ A run's NUMBER is its complete epochs times a million, plus the steps done of th
 the end of the third epoch, 3000017 an interruption 17 steps later. Saving is atomic: Orbax renames
 a complete checkpoint into place, and ignores what is not. What comes back is what was saved:
 SHA-256 digests of arrays and description are in the description.
+
+`load` is the way to every network, whatever holds it: one of these folders, or one of the plain
+files that networks are shipped in (fetal_flax/shipped.py), which may be given by its name.
 """
 
 import contextlib
-import dataclasses
 import errno
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -27,56 +28,33 @@ import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from fetal_flax.config import ModelConfig, from_dict, to_dict
+from fetal_flax import shipped
+from fetal_flax.description import (
+    DamagedError,
+    Description,
+    Kind,
+    checked,
+    digest_of_arrays,
+    digest_of_json,
+    from_json,
+    to_json,
+)
 from fetal_flax.errors import InputError, printable
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
-FORMAT = 2
 FOLDER = "checkpoints"
 DAMAGED = "damaged"
 PER_EPOCH = 1_000_000
-Kind = Literal["network", "encoder"]
 _policies = checkpoint_managers.preservation_policy
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
-
-
-class DamagedError(InputError):
-    """A checkpoint's files can't be read, or hold something else than was saved."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What a checkpoint holds, readable without loading it."""
-
-    kind: Kind
-    """A whole network, or a MobileNetV2 encoder alone."""
-    model: ModelConfig
-    """The network; of an encoder, one that it fits."""
-    image_size: tuple[int, int] = (256, 256)
-    """Height and width that the network was trained at."""
-    config: Mapping[str, Any] | None = None
-    """The training run's config, where there was one."""
-    progress: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Epoch, history and schedule state of the run, or the source of a conversion."""
-
-    @property
-    def dataset(self) -> str:
-        """The data set whose way of drawing masks the network has learned; HC18 if unknown."""
-        return "hc18" if self.config is None else self.config["data"]["dataset"]
-
-    @property
-    def title(self) -> str:
-        """What the checkpoint holds, in a few words."""
-        return "a MobileNetV2 encoder" if self.kind == "encoder" else f"a {self.model.title}"
 
 
 class TrainingCheckpoints:
@@ -232,19 +210,25 @@ def save(directory: Path, variables: Variables, description: Description) -> Non
         raise
 
 
-def load(directory: Path, *, kinds: Sequence[Kind] = ("network",)) -> tuple[Variables, Description]:
-    """Loads a run's best checkpoint, or a converted one.
+def load(
+    source: Path | str, *, kinds: Sequence[Kind] = ("network",), last: bool = False
+) -> tuple[Variables, Description]:
+    """Loads a run's best checkpoint, a converted one, or a shipped network.
 
     Args:
-        directory: Holds the checkpoint.
+        source: A folder that holds one of them, or a shipped network's name.
         kinds: What it may be.
+        last: Of a run, the last checkpoint instead of the best.
 
     Raises:
-        InputError: There is no checkpoint, it can't be read, or it holds an encoder where a
-            network is wanted.
+        InputError: There is no checkpoint, it can't be read, it holds an encoder where a network
+            is wanted, or the name of a shipped network is a folder's with a checkpoint, too.
     """
+    directory = locate(source)
+    if shipped.exists(directory) and not exists(directory):
+        return shipped.load(directory)
     with _reader(directory) as manager:
-        number, description = _describe(manager, directory)
+        number, description = _describe(manager, directory, last=last)
         if description.kind not in kinds:
             raise InputError(
                 f"{directory} holds an encoder alone: train a network on it with "
@@ -253,28 +237,44 @@ def load(directory: Path, *, kinds: Sequence[Kind] = ("network",)) -> tuple[Vari
         return _load(manager, number, _shapes(description), directory), description
 
 
-def load_encoder(directory: Path, expected: Variables) -> Variables:
+def load_encoder(source: Path | str, expected: Variables) -> Variables:
     """Loads the encoder of a converted encoder or of a whole network.
 
     Args:
-        directory: Holds the checkpoint.
+        source: As of `load`.
         expected: Shapes to load.
 
     Raises:
         InputError: There is no checkpoint, it can't be read, or the shapes differ.
     """
-    with _reader(directory) as manager:
-        number, description = _describe(manager, directory)
-        loaded = functional.encoder_part(_load(manager, number, _shapes(description), directory))
+    variables, _ = load(source, kinds=("network", "encoder"))
+    loaded = functional.encoder_part(variables)
     for ours, theirs in zip(expected, loaded, strict=True):
         differing = [n for n in ours if n not in theirs or ours[n].shape != theirs[n].shape]
         if differing:
             channels = expected.params[functional.STEM].shape[2]
             raise InputError(
-                f"{directory} has another encoder ({differing[0]} differs): convert the "
+                f"{source} has another encoder ({differing[0]} differs): convert the "
                 f"torchvision file again with --channels {channels}"
             )
     return loaded
+
+
+def locate(source: Path | str) -> Path:
+    """Returns the folder of a checkpoint that is given by its path or by a shipped network's name.
+
+    Raises:
+        InputError: Both are there, so that which one is used would depend on where one stands.
+    """
+    path = Path(source)
+    if str(path) not in shipped.names():
+        return path
+    if exists(path) or shipped.exists(path):
+        raise InputError(
+            f"{path} is the name of a shipped network, and a folder here that holds a checkpoint: "
+            f"give the folder as {path.absolute()}, or rename it"
+        )
+    return shipped.FOLDER / path
 
 
 def exists(directory: Path) -> bool:
@@ -285,9 +285,7 @@ def exists(directory: Path) -> bool:
 @contextlib.contextmanager
 def _reader(directory: Path) -> Iterator[ocp.CheckpointManager]:
     if not exists(directory):
-        raise InputError(
-            f"{directory} holds no checkpoint: give a training workdir or a converted directory"
-        )
+        raise InputError(f"{directory} holds no checkpoint: give {shipped.choices()}")
     process = jax.process_index()
     options = ocp.CheckpointManagerOptions(
         read_only=True,
@@ -347,11 +345,11 @@ def _save_arguments(
     description: Description,
     metrics: Mapping[str, float] | None = None,
 ) -> ocp.args.Composite:
-    values = _to_json(description)
-    digests = {name: _digest_of_arrays(tree) for name, tree in items.items()}
-    digests["description"] = _digest_of_json(values)
+    values = to_json(description)
+    digests = {name: digest_of_arrays(tree) for name, tree in items.items()}
+    digests["description"] = digest_of_json(values)
     if metrics is not None:
-        digests["metrics"] = _digest_of_json(metrics)
+        digests["metrics"] = digest_of_json(metrics)
     return ocp.args.Composite(
         **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
         description=ocp.args.JsonSave(values | {"sha256": digests}),
@@ -368,11 +366,11 @@ def _restore(
         restored = manager.restore(
             number, args=ocp.args.Composite(**arguments, description=ocp.args.JsonRestore())
         )
-        values, digests = _checked(restored["description"])
-        description = _from_json(values, str(directory))
+        values, digests = checked(restored["description"])
+        description = from_json(values, str(directory))
         items = {name: restored[name] for name in abstract}
         for name, tree in items.items():
-            if digests[name] != _digest_of_arrays(tree):
+            if digests[name] != digest_of_arrays(tree):
                 raise ValueError(f"its {name} are not what was saved")
     return items, description
 
@@ -415,16 +413,6 @@ def _silence_late_reports() -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
-def _checked(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns a description's values and the digests beside them, if they agree."""
-    values = dict(values)
-    digests = values.pop("sha256", {})
-    # Before the format is judged, lest a flipped digit passes for a newer version.
-    if digests and digests["description"] != _digest_of_json(values):
-        raise ValueError("its description is not what was saved")
-    return values, digests
-
-
 def _damaged_descriptions(directory: Path) -> dict[int, DamagedError]:
     """Returns the checkpoints whose description or validation Dice is not what was saved.
 
@@ -435,10 +423,10 @@ def _damaged_descriptions(directory: Path) -> dict[int, DamagedError]:
         folder = directory / FOLDER / str(number)
         try:
             with _damage_named(directory, number):
-                _, digests = _checked(json.loads((folder / "description/metadata").read_bytes()))
+                _, digests = checked(json.loads((folder / "description/metadata").read_bytes()))
                 if "metrics" in digests:
                     metrics = json.loads((folder / "metrics/metrics").read_bytes())
-                    if digests["metrics"] != _digest_of_json(metrics):
+                    if digests["metrics"] != digest_of_json(metrics):
                         raise ValueError("its validation Dice is not what was saved")
         except DamagedError as error:
             damaged[number] = error
@@ -451,23 +439,10 @@ def _numbers(directory: Path) -> list[int]:
     return sorted((int(path.name) for path in paths if path.name.isdigit()), reverse=True)
 
 
-def _digest_of_arrays(tree: Any) -> str:
-    """Returns the SHA-256 of names, types, shapes and values; the arrays are whole on each host."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        # Read through an object of its own: what JAX has read once it doesn't donate.
-        array = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def _digest_of_json(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _describe(manager: ocp.CheckpointManager, directory: Path) -> tuple[int, Description]:
-    number = manager.best_step()
+def _describe(
+    manager: ocp.CheckpointManager, directory: Path, *, last: bool
+) -> tuple[int, Description]:
+    number = None if last else manager.best_step()
     if number is None:
         number = manager.latest_step()
     if number is None:
@@ -493,25 +468,3 @@ def _load(
 
 def _dice(metrics: Mapping[str, float]) -> float:
     return metrics["dice"]
-
-
-def _to_json(description: Description) -> dict[str, Any]:
-    # As it will be read: tuples are lists then.
-    return json.loads(json.dumps({"format": FORMAT, **to_dict(description)}))
-
-
-def _from_json(values: dict[str, Any], source: str) -> Description:
-    values = dict(values)
-    found = values.pop("format", None)
-    if found != FORMAT:
-        raise InputError(
-            f"{source} has checkpoint format {found}, this version reads {FORMAT}: "
-            "use the version of fetal_flax that wrote it"
-        )
-    return Description(
-        kind=values["kind"],
-        model=from_dict(ModelConfig, values["model"], path="model"),
-        image_size=tuple(values["image_size"]),
-        config=values["config"],
-        progress=values["progress"],
-    )

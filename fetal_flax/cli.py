@@ -102,7 +102,7 @@ class Convert:
 
     source: Path
     """A .pth or .safetensors file with torchvision's MobileNetV2 or a published network; with
-    --to-torch, a training workdir or a converted directory."""
+    --to-torch, a training workdir, a converted directory or a shipped network's name."""
     output: Path
     """Directory to make; with --to-torch, a .pth or .safetensors file."""
     to_torch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -149,7 +149,7 @@ class Evaluate:
     """Measure a network on annotated images: report.html, metrics.json, per_image.csv, masks."""
 
     checkpoint: Path
-    """Training workdir (its best checkpoint) or converted directory."""
+    """Training workdir (its best checkpoint), converted directory, or a shipped network's name."""
     output: Path
     """Folder for the results."""
     data_dir: Path | None = None
@@ -174,15 +174,18 @@ class Evaluate:
 class Predict:
     """Segment an image or a folder of images: masks, overlays and measurements of the head."""
 
-    checkpoint: Path
-    """Training workdir (its best checkpoint) or converted directory."""
     input: Path
     """Image (PNG, JPEG, BMP, TIFF, DICOM), or folder of images."""
     output: Path
     """Folder for the results."""
-    pixel_size_csv: Path | None = None
-    """CSV with the columns `filename` and `pixel size(mm)`, as HC18 has it; without it, heads are
+    checkpoint: Path | None = None
+    """Training workdir (its best checkpoint), converted directory, or a shipped network's name; by
+    default a shipped network."""
+    pixel_size: float | None = None
+    """Size of a pixel in mm, the same for all images. Without it and the next flag, heads are
     measured in pixels alone, but for DICOM files, which tell."""
+    pixel_size_csv: Path | None = None
+    """CSV with the columns `filename` and `pixel size(mm)`, as HC18 has it."""
     tta: TestTimeAugmentation = "none"
     """Test-time augmentation: `flip` averages each image with its mirror image, and
     measurements.csv has how far the two are apart."""
@@ -191,13 +194,15 @@ class Predict:
 
     def run(self) -> int:
         """Segments what can be read; 2 if something could not be."""
+        from fetal_flax import shipped
         from fetal_flax.inference.predict import predict
 
         report = predict(
-            self.checkpoint,
+            self.checkpoint or shipped.default(),
             self.input,
             self.output,
             pixel_size_csv=self.pixel_size_csv,
+            pixel_size_mm=self.pixel_size,
             save_logits=self.save_logits,
             tta=self.tta,
         )
@@ -222,7 +227,7 @@ class Submission:
     """Measure the HC18 challenge's test images and write the CSV that it takes."""
 
     checkpoint: Path
-    """Training workdir (its best checkpoint) or converted directory."""
+    """Training workdir (its best checkpoint), converted directory, or a shipped network's name."""
     input: Path
     """The challenge's test_set folder."""
     pixel_size_csv: Path
@@ -253,7 +258,8 @@ class Parity:
     reference: Path
     """PyTorch file, .pth or .safetensors, with a published network or torchvision's MobileNetV2."""
     checkpoint: Path | None = None
-    """Converted directory to compare; without it, the reference is converted anew."""
+    """Converted directory, training workdir or shipped network's name to compare; without it, the
+    reference is converted anew."""
     data_dir: Path | None = None
     """HC18 folder whose images to take; without it, phantoms."""
     cache_dir: str = DataConfig.cache_dir
@@ -306,8 +312,11 @@ class Benchmark:
     """Measure inference and training on this machine, and how near they are to its limits."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    image_size: tuple[int, int] = (256, 256)
-    """Height and width of the images."""
+    checkpoint: Path | None = None
+    """Training workdir, converted directory or shipped network's name, whose network to take;
+    without it, --model with random weights."""
+    image_size: tuple[int, int] | None = None
+    """Height and width of the images; by default what the checkpoint was trained at, or 256×256."""
     inference_batches: tuple[int, ...] = (1, 16)
     """Images per call of inference."""
     training_batch: int = 16
@@ -325,8 +334,7 @@ class Benchmark:
         from fetal_flax._util.files import json_bytes, write_atomically
 
         report = benchmark.benchmark(
-            self.model,
-            self.image_size,
+            *benchmark.network(self.model, self.checkpoint, self.image_size),
             inference_batches=self.inference_batches,
             training_batch=self.training_batch,
             repeats=self.repeats,

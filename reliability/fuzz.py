@@ -46,7 +46,7 @@ import safetensors.numpy
 import torch
 from hypothesis import strategies as st
 
-from fetal_flax import checkpoints, cli
+from fetal_flax import checkpoints, cli, shipped
 from fetal_flax._util.files import json_bytes
 from fetal_flax.config import ModelConfig, TrainConfig, from_dict, to_dict
 from fetal_flax.conversion.names import TABLES
@@ -220,6 +220,47 @@ def own_checkpoints(campaign: Campaign, inputs: int, rng: random.Random, folder:
             path = broken / chosen.relative_to(folder / "intact")
             done.append(damage.damage_file(path, rng))
         campaign.check(load, damage=done)
+
+
+# Networks in plain files.
+
+
+def plain_networks(campaign: Campaign, inputs: int, rng: random.Random, folder: Path) -> None:
+    """`--checkpoint`: a file of a shipped network damaged, half the time with fitting digests."""
+    halves = shipped.to_float16(functional.init(MODEL, 0))
+    variables = shipped.to_float32(halves, functional.shapes(MODEL))
+    config = to_dict(TrainConfig(model=MODEL))
+    described = checkpoints.Description("network", MODEL, config=config)
+    intact = shipped.contents(halves, described, {"dice": 0.5})
+    path = folder / "network"
+
+    def load() -> None:
+        loaded, description = checkpoints.load(path)
+        if fitting:  # Whatever it says it is, nothing later may stumble over it.
+            assert all(np.isfinite(array).all() for array in jax.tree.leaves(loaded))
+            json_bytes(to_dict(description) | {"dataset": description.dataset})
+            return
+        if not jax.tree.all(jax.tree.map(np.array_equal, loaded, variables)):
+            raise AssertionError("other arrays were loaded than were saved")
+        if (description.model, description.dataset) != (MODEL, "hc18"):
+            raise AssertionError(f"another description was loaded: {description}")
+
+    for number in range(inputs):
+        shutil.rmtree(path, ignore_errors=True)
+        shipped.save(path, intact)
+        done, fitting = [], bool(number) and rng.random() < 0.5
+        for _ in range(rng.randint(1, 2) if number else 0):
+            name = rng.choice(list(intact))
+            if name == shipped.ARRAYS and rng.random() < 0.5 and (path / name).is_file():
+                with contextlib.suppress(Exception):  # Of what was damaged before.
+                    content = damage.damaged_safetensors((path / name).read_bytes(), rng)
+                    (path / name).write_bytes(content)
+                    done.append("structure")
+            else:
+                done.append(damage.damage_file(path / name, rng))
+        if fitting:
+            damage.fit_digests(path)
+        campaign.check(load, damage=done, fitting=fitting)
 
 
 # HC18 folders and the CSV of pixel sizes.
@@ -402,6 +443,7 @@ TARGETS: dict[str, Callable[[Campaign, int, random.Random, Path], None]] = {
     "HC18 folders": hc18_folders,
     "command line": command_lines,
     "own checkpoints": own_checkpoints,
+    "shipped networks": plain_networks,
 }
 
 

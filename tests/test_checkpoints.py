@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from fetal_flax import checkpoints
+from fetal_flax import description as format_module
 from fetal_flax.checkpoints import Description, TrainingCheckpoints
 from fetal_flax.config import ModelConfig, TrainConfig, to_dict
 from fetal_flax.errors import InputError
@@ -111,6 +112,9 @@ def test_training_keeps_the_best_and_the_last_two(tmp_path, dices, kept, best):
     loaded, description = checkpoints.load(tmp_path)
     assert description.progress == {"epoch": best}
     assert {float(array.max()) for array in loaded.params.values()} == {best}
+    loaded, description = checkpoints.load(tmp_path, last=True)
+    assert description.progress == {"epoch": len(dices)}
+    assert {float(array.max()) for array in loaded.params.values()} == {len(dices)}
 
 
 def test_training_resumes_from_the_last_epoch_not_the_best(tmp_path):
@@ -228,9 +232,9 @@ def test_an_encoder_is_no_network(variables, tmp_path):
 
 
 def test_a_newer_format_is_refused_with_the_way_out(monkeypatch, variables, tmp_path):
-    monkeypatch.setattr(checkpoints, "FORMAT", 2)
+    monkeypatch.setattr(format_module, "FORMAT", 2)
     checkpoints.save(tmp_path / "network", variables, DESCRIPTION)
-    monkeypatch.setattr(checkpoints, "FORMAT", 1)
+    monkeypatch.setattr(format_module, "FORMAT", 1)
     with pytest.raises(InputError, match="has checkpoint format 2, this version reads 1"):
         checkpoints.load(tmp_path / "network")
 
@@ -253,7 +257,7 @@ def test_exists_tells_whether_there_are_checkpoints(variables, tmp_path):
 
 def test_a_newer_format_is_not_taken_for_damage(variables, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoints, "FORMAT", 99)
+        patched.setattr(format_module, "FORMAT", 99)
         _train(tmp_path, [0.5, 0.6])
     saved = TrainingCheckpoints(tmp_path)
     with pytest.raises(InputError, match=r"has checkpoint format 99") as error:

@@ -45,7 +45,8 @@ def to_torch_file(source: Path, output: Path) -> checkpoints.Description:
     published layout, get the published one's names, and no squeeze-excite biases.
 
     Args:
-        source: Training workdir (its best checkpoint) or converted directory.
+        source: Training workdir (its best checkpoint), converted directory, or a shipped
+            network's name.
         output: `.pth` or `.pt` for `torch.load`, `.safetensors` for safetensors.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Where a pre-trained encoder comes from: torchvision's files, a path, or nowhere."""
+"""Where a pre-trained encoder comes from: torchvision's files, a path, a network, or nowhere."""
 
 from pathlib import Path
 
-from fetal_flax import checkpoints
+from fetal_flax import checkpoints, shipped
 from fetal_flax._util.download import fetch
 from fetal_flax.config import ModelConfig
 from fetal_flax.conversion.recognition import read_network
@@ -39,12 +39,13 @@ def load_encoder(weights: str, model: ModelConfig, cache_dir: Path) -> Variables
     if weights in TORCHVISION:
         return read_encoder(torchvision_file(weights, cache_dir), model)
     path = Path(weights).expanduser()
-    if path.is_dir():
+    if path.is_dir() or weights in shipped.names():
         return checkpoints.load_encoder(path, expected)
     if not path.exists():
+        known = ", ".join((*TORCHVISION, *shipped.names()))
         raise InputError(
-            f"setting encoder.weights is {weights}, which is neither {', '.join(TORCHVISION)}, "
-            "'none', nor a file or folder that exists"
+            f"setting encoder.weights is {weights}, which is neither {known}, 'none', nor a file "
+            "or folder that exists"
         )
     return read_encoder(path, model)
 

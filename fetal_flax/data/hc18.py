@@ -31,6 +31,8 @@ from fetal_flax.errors import InputError, printable
 
 IMAGES = "training_set"
 CSV = "training_set_pixel_size_and_HC.csv"
+MOST_MM = 1000
+"""No pixel and no head is that large."""
 
 _URL = "https://zenodo.org/api/records/1327317/files/{}/content"
 _FILES = {
@@ -43,7 +45,6 @@ _FILES = {
 _IMAGE_NAME = re.compile(r"(\d+)_\d*HC\.png")
 _COLUMNS = ("filename", "pixel size(mm)", "head circumference (mm)")
 _PROBLEMS_NAMED = 10
-_MOST_MM = 1000  # No pixel and no head is that large.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,10 +237,10 @@ def _positive(row: dict[str, str], column: str, csv_name: str = CSV) -> float:
         value = float(row[column])
     except (TypeError, ValueError):
         value = math.nan
-    if not 0 < value < _MOST_MM:
+    if not 0 < value < MOST_MM:
         raise InputError(
             f"has {printable(repr(row[column]))} as its {column} in {csv_name}, not a positive "
-            f"number below {_MOST_MM}"
+            f"number below {MOST_MM}"
         )
     return value
 

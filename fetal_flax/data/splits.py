@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fetal_flax._util.files import json_bytes, write_atomically
-from fetal_flax.errors import InputError
+from fetal_flax.errors import InputError, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +94,15 @@ def read_manifest(path: Path, names: Sequence[str]) -> Split:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         sides = {side: list(manifest[side]) for side in ("train", "validation")}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        if not all(isinstance(name, str) for names in sides.values() for name in names):
+            raise TypeError("names must be text")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{path} can't be read as a split: {error}") from None
     index = {name: i for i, name in enumerate(names)}
     unknown = sorted(set(sides["train"] + sides["validation"]) - set(index))
     if unknown:
-        raise InputError(
-            f"{path} names {len(unknown)} image(s) that the dataset lacks: {', '.join(unknown[:5])}"
-        )
+        named = ", ".join(map(printable, unknown[:5]))
+        raise InputError(f"{path} names {len(unknown)} image(s) that the dataset lacks: {named}")
     train, validation = (tuple(sorted(index[name] for name in side)) for side in sides.values())
     return Split(train, validation)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fetal_flax import checkpoints
+from fetal_flax import checkpoints, shipped
 from fetal_flax._util.console import track
 from fetal_flax.checkpoints import Description
 from fetal_flax.config import DataConfig, TestTimeAugmentation, from_dict, to_dict
@@ -63,7 +63,7 @@ def evaluate(
     of 0) and is listed.
 
     Args:
-        checkpoint: Training workdir or converted directory.
+        checkpoint: Training workdir, converted directory, or a shipped network's name.
         output: Folder for the results; created if needed.
         data_dir: HC18 folder; None takes the data set that the checkpoint was trained with.
         split: Which side of the training run's own split; `all` includes the images that the
@@ -74,12 +74,12 @@ def evaluate(
         What `metrics.json` holds.
 
     Raises:
-        InputError: `checkpoint` holds no network, or no `split.json` where a side of the split is
-            asked for; the data set isn't given, can't be used or lacks images of the split; or a
-            result can't be written.
+        InputError: `checkpoint` holds no network, or has no `split.json`, or was trained on all
+            images, where a side of the split is asked for; the data set isn't given, can't be used
+            or lacks images of the split; or a result can't be written.
     """
     measured = measure(checkpoint, output, data_dir=data_dir, split=split, tta=tta)
-    curves = checkpoint / "curves.png"
+    curves = checkpoints.locate(checkpoint) / "curves.png"
     return write_results(output, measured, curves=[curves] if curves.is_file() else [])
 
 
@@ -96,11 +96,12 @@ def measure(
     The arguments and errors are those of `evaluate`.
     """
     variables, description = checkpoints.load(checkpoint)
+    folder = checkpoints.locate(checkpoint)
     if split != "all":
-        _check_has_split(checkpoint, split)
+        _check_has_split(folder, description, split)
     data, seed = _data_settings(checkpoint, description, data_dir)
     dataset = open_dataset(data, seed)
-    indices = _indices(checkpoint, dataset, split)
+    indices = _indices(folder, dataset, split)
     predictor = Predictor(description.model, variables, description.image_size, tta=tta)
     outline_px = OUTLINE_PX[description.dataset]
     rows, heads = [], []
@@ -200,10 +201,15 @@ def _worst_cases(output: Path, measured: Measured) -> list[WorstCase]:
     return cases
 
 
-def _check_has_split(checkpoint: Path, split: str) -> None:
-    if not (checkpoint / "split.json").is_file():
+def _check_has_split(folder: Path, description: Description, split: str) -> None:
+    if description.progress.get(shipped.TRAINED_ON) == shipped.ALL_IMAGES:
         raise InputError(
-            f"{checkpoint} has no split.json, so it has no {split} images: take --split all, or "
+            f"{folder} was trained on all images and left none out, so it has no {split} images "
+            "(its card says which its figures are of): take --split all"
+        )
+    if not (folder / shipped.SPLIT).is_file():
+        raise InputError(
+            f"{folder} has no split.json, so it has no {split} images: take --split all, or "
             "a training workdir"
         )
 
@@ -224,10 +230,10 @@ def _data_settings(
     return data, 0 if config is None else config["seed"]
 
 
-def _indices(checkpoint: Path, dataset: Dataset, split: SplitName) -> Sequence[int]:
+def _indices(folder: Path, dataset: Dataset, split: SplitName) -> Sequence[int]:
     if split == "all":
         return range(len(dataset))
-    sides = splits.read_manifest(checkpoint / "split.json", dataset.names)
+    sides = splits.read_manifest(folder / shipped.SPLIT, dataset.names)
     return sides.train if split == "train" else sides.validation
 
 

@@ -85,6 +85,7 @@ def predict(
     output: Path,
     *,
     pixel_size_csv: Path | None = None,
+    pixel_size_mm: float | None = None,
     save_logits: bool = False,
     tta: TestTimeAugmentation = "none",
 ) -> PredictReport:
@@ -100,25 +101,32 @@ def predict(
     NAME of one before it, is left out and reported; the others are still processed.
 
     Args:
-        checkpoint: Training workdir or converted directory.
+        checkpoint: Training workdir, converted directory, or a shipped network's name.
         source: An image, or a folder; of a folder the images directly in it, in the order of
             their names, but not HC18's outlines (`*_Annotation.png`).
         output: Folder for the results; created if needed.
         pixel_size_csv: CSV with the columns `filename` and `pixel size(mm)`, as HC18 has it. It
             goes before what a DICOM file says of itself.
+        pixel_size_mm: One size for all images instead, also before what DICOM files say.
         save_logits: Also write `logits/NAME.npy`: (height, width) float32 at the network's size,
             before the sigmoid.
         tta: `flip` averages the probabilities with those of the mirror image.
 
     Raises:
-        InputError: `source` is or holds no image, the CSV can't be used or lacks one of them,
-            `checkpoint` holds no network, or a result can't be written.
+        InputError: `source` is or holds no image, the CSV can't be used or lacks one of them, the
+            pixel size is no positive number or given beside a CSV, `checkpoint` holds no network,
+            or a result can't be written.
     """
     rows: list[dict[str, object]] = []
     flagged: list[str] = []
     failed: list[str] = []
     for image in measured_images(
-        checkpoint, source, failed, pixel_size_csv=pixel_size_csv, tta=tta
+        checkpoint,
+        source,
+        failed,
+        pixel_size_csv=pixel_size_csv,
+        pixel_size_mm=pixel_size_mm,
+        tta=tta,
     ):
         _write(output, image, save_logits=save_logits)
         rows.append(_measurements(image))
@@ -136,22 +144,24 @@ def measured_images(
     failed: list[str],
     *,
     pixel_size_csv: Path | None = None,
+    pixel_size_mm: float | None = None,
     tta: TestTimeAugmentation = "none",
 ) -> Iterator[MeasuredImage]:
     """Yields each image with what the network sees in it.
 
     Args:
-        checkpoint: Training workdir or converted directory.
+        checkpoint: Training workdir, converted directory, or a shipped network's name.
         source: As in `predict`.
         failed: Takes a sentence for each file that can't be read.
         pixel_size_csv: As in `predict`.
+        pixel_size_mm: As in `predict`.
         tta: As in `predict`.
 
     Raises:
         InputError: As `predict`, before the first image.
     """
     paths = find_files(source)
-    sizes = pixel_sizes(paths, pixel_size_csv)
+    sizes = pixel_sizes(paths, pixel_size_csv, pixel_size_mm)
     variables, description = checkpoints.load(checkpoint)
     predictor = Predictor(description.model, variables, description.image_size, tta=tta)
     outline_px = OUTLINE_PX[description.dataset]

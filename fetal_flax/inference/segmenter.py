@@ -73,8 +73,8 @@ class Predictor:
         return self._views, (self._arrays, images)
 
     @classmethod
-    def from_checkpoint(cls, directory: Path, *, batch_size: int = 16) -> "Predictor":
-        """Loads a training workdir's best checkpoint, or a converted network.
+    def from_checkpoint(cls, directory: Path | str, *, batch_size: int = 16) -> "Predictor":
+        """Loads a training workdir's best checkpoint, a converted or a shipped network.
 
         Raises:
             InputError: There is no network in `directory`.

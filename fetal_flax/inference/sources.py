@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from fetal_flax._util.console import track
 from fetal_flax.data import dicom
-from fetal_flax.data.hc18 import read_pixel_sizes
+from fetal_flax.data.hc18 import MOST_MM, read_pixel_sizes
 from fetal_flax.data.images import check_is_file, read_gray
 from fetal_flax.errors import InputError, printable
 from fetal_flax.inference.segmenter import Image
@@ -55,12 +55,28 @@ def find_files(source: Path) -> list[Path]:
     return paths
 
 
-def pixel_sizes(paths: Sequence[Path], csv_path: Path | None) -> Mapping[str, float]:
-    """Returns the pixel sizes in mm that a CSV gives, by file name.
+def pixel_sizes(
+    paths: Sequence[Path], csv_path: Path | None, size_mm: float | None = None
+) -> Mapping[str, float]:
+    """Returns the pixel sizes in mm that a CSV gives, by file name, or one for all.
+
+    Args:
+        paths: What `find_files` returned.
+        csv_path: The CSV, if any.
+        size_mm: The one size, if any.
 
     Raises:
-        InputError: The CSV can't be used, or lacks an image that isn't DICOM.
+        InputError: The CSV can't be used, or lacks an image that isn't DICOM; the one size is no
+            size; or both are given.
     """
+    if size_mm is not None:
+        if csv_path is not None:
+            raise InputError("--pixel-size and --pixel-size-csv are both given: leave one out")
+        if not 0 < size_mm < MOST_MM:
+            raise InputError(
+                f"--pixel-size {size_mm:g} is not a positive number of mm below {MOST_MM}"
+            )
+        return dict.fromkeys((path.name for path in paths), size_mm)
     if csv_path is None:
         return {}
     sizes = read_pixel_sizes(csv_path)

@@ -44,7 +44,7 @@ def submission(
     """Measures the images of a folder and writes the challenge's CSV.
 
     Args:
-        checkpoint: Training workdir or converted directory.
+        checkpoint: Training workdir, converted directory, or a shipped network's name.
         source: The challenge's `test_set`.
         pixel_size_csv: Its `test_set_pixel_size.csv`.
         output: The CSV to write. An image without a head has no row, and is reported.

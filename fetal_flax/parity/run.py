@@ -43,7 +43,8 @@ def run(
         reference_file: PyTorch file with a network or a MobileNetV2 encoder.
         output: Folder for the report.
         settings: What to compare.
-        checkpoint: Converted directory to compare, instead of converting `reference_file` anew.
+        checkpoint: Converted directory, training workdir or shipped network's name to compare,
+            instead of converting `reference_file` anew.
         data_dir: HC18 folder whose images to take; phantoms without it.
         cache_dir: Where the prepared images are kept.
 

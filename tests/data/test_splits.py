@@ -85,7 +85,13 @@ def test_manifest_round_trip(tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"train": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(None, "{", "[]", '{"train": []}', '{"a":' + "[" * 100_000),
+        *('{"train": [[]], "validation": []}', '{"train": ["a"], "validation": [1]}'),
+    ],
+)
 def test_bad_manifest_is_named(tmp_path: Path, content: str | None):
     path = tmp_path / "split.json"
     if content is not None:

@@ -202,6 +202,40 @@ def test_a_pixel_size_that_is_none_is_named(checkpoint, tmp_path, size):
         predict(checkpoint, source, tmp_path / "out", pixel_size_csv=sizes)
 
 
+def test_one_pixel_size_is_taken_for_all_images(checkpoint, sees_a_head, tmp_path):
+    source = write_images(tmp_path / "in", "a.png", "b.png")
+    shutil.copy(DICOM / "examples_palette.dcm", source / "c.dcm")  # It has a size of its own.
+    flags = {"checkpoint": checkpoint, "input": source, "output": tmp_path / "out"}
+    command = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+    assert cli.main(["predict", *command, "--pixel-size", "0.5"]) == 0
+    rows = measurements(tmp_path / "out")
+    assert [row["pixel_size_mm"] for row in rows.values()] == ["0.5"] * 3
+    sizes = write_sizes(tmp_path / "sizes.csv", a=0.5, b=0.5)
+    predict(checkpoint, source, tmp_path / "by_csv", pixel_size_csv=sizes)
+    by_csv = measurements(tmp_path / "by_csv")
+    assert float(rows["a"]["hc_mm"]) > 20
+    assert (rows["a"], rows["b"]) == (by_csv["a"], by_csv["b"])
+
+
+@pytest.mark.parametrize("size", ["0", "-0.1", "nan", "inf", "1000"])
+def test_a_pixel_size_must_be_positive_and_finite(checkpoint, tmp_path, capsys, size):
+    source = write_images(tmp_path / "in", "a.png")
+    flags = {"checkpoint": checkpoint, "input": source, "output": tmp_path / "out"}
+    command = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+    assert cli.main(["predict", *command, f"--pixel-size={size}"]) == 2
+    assert "is not a positive number of mm below 1000" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_pixel_size_beside_a_csv_is_refused(checkpoint, tmp_path):
+    source = write_images(tmp_path / "in", "a.png")
+    sizes = write_sizes(tmp_path / "sizes.csv", a=0.5)
+    for given in (sizes, tmp_path / "nowhere.csv"):
+        with pytest.raises(InputError, match="--pixel-size and --pixel-size-csv are both given"):
+            predict(checkpoint, source, tmp_path / "out", pixel_size_csv=given, pixel_size_mm=0.5)
+    assert not (tmp_path / "out").exists()
+
+
 def test_of_a_folder_the_images_in_it_are_taken_in_order(checkpoint, tmp_path):
     names = ("d.JPG", "b.png", "e.jpeg", "c.bmp", "a.tif", "f.TIFF")
     source = write_images(tmp_path / "in", *names, "b_Annotation.png")
