@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fetal_flax.measurement.ellipse import Ellipse
 
 from fetal_flax import checkpoints, cli, shipped
 from fetal_flax.checkpoints import Description, TrainingCheckpoints
@@ -31,6 +30,7 @@ from fetal_flax.data.datasets import open_dataset
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation.evaluate import evaluate
 from fetal_flax.inference.segmenter import Predictor
+from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.measurement.head import measure_head
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
