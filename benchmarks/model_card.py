@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from fetal_flax import shipped
-from fetal_flax.checkpoints import Description
+from fetal_flax.checkpoints import Description, shipped
 from fetal_flax.config import TrainConfig, to_dict
 from fetal_flax.data import splits
 from fetal_flax.data.datasets import Dataset

@@ -26,8 +26,9 @@ import jax
 import numpy as np
 from model_card import Evaluation, Facts, Float16, Run, card, differences, float16_sentence
 
-from fetal_flax import checkpoints, shipped
+from fetal_flax import checkpoints
 from fetal_flax.benchmark import device_name
+from fetal_flax.checkpoints import shipped
 from fetal_flax.cli import CONFIGS, load_config
 from fetal_flax.config import DataConfig, TrainConfig, from_dict, to_dict
 from fetal_flax.data import splits

@@ -194,7 +194,7 @@ class Predict:
 
     def run(self) -> int:
         """Segments what can be read; 2 if something could not be."""
-        from fetal_flax import shipped
+        from fetal_flax.checkpoints import shipped
         from fetal_flax.inference.predict import predict
 
         report = predict(

@@ -19,10 +19,10 @@ import cv2
 import numpy as np
 import safetensors.numpy
 
-from fetal_flax import shipped
+from fetal_flax.checkpoints import shipped
+from fetal_flax.checkpoints.integrity import digest_of_arrays, digest_of_json
 from fetal_flax.config import ModelConfig, from_dict
 from fetal_flax.data import hc18
-from fetal_flax.description import digest_of_arrays, digest_of_json
 from fetal_flax.models import functional
 
 NUMBERS = (0, 1, -1, 127, 128, 255, 256, 2**15, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1, 2**63)

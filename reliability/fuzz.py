@@ -46,8 +46,9 @@ import safetensors.numpy
 import torch
 from hypothesis import strategies as st
 
-from fetal_flax import checkpoints, cli, shipped
+from fetal_flax import checkpoints, cli
 from fetal_flax._util.files import json_bytes
+from fetal_flax.checkpoints import shipped
 from fetal_flax.config import ModelConfig, TrainConfig, from_dict, to_dict
 from fetal_flax.conversion.names import TABLES
 from fetal_flax.conversion.reader import read_state_dict

@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
         *("reporting", "summary"),
     },
     "evaluation": {"checkpoints", "data", "inference", "measurement", "reporting", "training"},
-    "benchmark": {"data", "models", "inference", "training"},
+    "benchmark": {"checkpoints", "data", "models", "inference", "training"},
     "parity": {"checkpoints", "conversion", "data", "models", "training"},
 }
 """What each room imports, besides `EVERYWHERE` and itself; the command line imports them all."""

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from fetal_flax import checkpoints, shipped
+from fetal_flax import checkpoints
 from fetal_flax._util.download import fetch
+from fetal_flax.checkpoints import shipped
 from fetal_flax.config import ModelConfig
 from fetal_flax.conversion.recognition import read_network
 from fetal_flax.errors import InputError

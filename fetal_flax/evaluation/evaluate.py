@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fetal_flax import checkpoints, shipped
+from fetal_flax import checkpoints
 from fetal_flax._util.console import track
-from fetal_flax.checkpoints import Description
+from fetal_flax.checkpoints import Description, shipped
 from fetal_flax.config import DataConfig, TestTimeAugmentation, from_dict, to_dict
 from fetal_flax.data import splits
 from fetal_flax.data.datasets import Dataset, Record, open_dataset

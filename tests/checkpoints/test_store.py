@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from fetal_flax import checkpoints
-from fetal_flax import description as format_module
 from fetal_flax.checkpoints import Description, TrainingCheckpoints
+from fetal_flax.checkpoints import description as format_module
 from fetal_flax.config import ModelConfig, TrainConfig, to_dict
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional

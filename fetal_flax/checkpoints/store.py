@@ -13,7 +13,7 @@ a complete checkpoint into place, and ignores what is not. What comes back is wh
 SHA-256 digests of arrays and description are in the description.
 
 `load` is the way to every network, whatever holds it: one of these folders, or one of the plain
-files that networks are shipped in (fetal_flax/shipped.py), which may be given by its name.
+files that networks are shipped in (shipped.py), which may be given by its name.
 """
 
 import contextlib
@@ -35,17 +35,15 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from fetal_flax import shipped
-from fetal_flax.description import (
+from fetal_flax.checkpoints import shipped
+from fetal_flax.checkpoints.description import (
     DamagedError,
     Description,
     Kind,
-    checked,
-    digest_of_arrays,
-    digest_of_json,
     from_json,
     to_json,
 )
+from fetal_flax.checkpoints.integrity import checked, digest_of_arrays, digest_of_json
 from fetal_flax.errors import InputError, printable
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables

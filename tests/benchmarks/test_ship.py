@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fetal_flax import checkpoints, cli, shipped
-from fetal_flax.checkpoints import Description, TrainingCheckpoints
+from fetal_flax import checkpoints, cli
+from fetal_flax.checkpoints import Description, TrainingCheckpoints, shipped
 from fetal_flax.config import (
     DataConfig,
     EncoderConfig,
@@ -35,7 +35,7 @@ from fetal_flax.measurement.head import measure_head
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

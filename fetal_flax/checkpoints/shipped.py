@@ -27,23 +27,21 @@ import safetensors
 import safetensors.numpy
 
 from fetal_flax._util.files import json_bytes
-from fetal_flax.config import DataConfig, TrainConfig, from_dict
-from fetal_flax.description import (
+from fetal_flax.checkpoints.description import (
     DamagedError,
     Description,
-    checked,
-    digest_of_arrays,
-    digest_of_json,
     from_json,
     to_json,
 )
+from fetal_flax.checkpoints.integrity import checked, digest_of_arrays, digest_of_json
+from fetal_flax.config import DataConfig, TrainConfig, from_dict
 from fetal_flax.errors import InputError, printable
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
 DEFAULT_NETWORK = "hc18-compact"
 """What `predict` takes where no checkpoint is given."""
-FOLDER = Path(__file__).parent / "networks"
+FOLDER = Path(__file__).parents[1] / "networks"
 
 ARRAYS, DESCRIPTION, CARD, SPLIT = (
     "network.safetensors",

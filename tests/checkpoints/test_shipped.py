@@ -23,17 +23,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fetal_flax import benchmark, checkpoints, cli, shipped
-from fetal_flax.checkpoints import Description
+from fetal_flax import benchmark, checkpoints, cli
+from fetal_flax.checkpoints import DamagedError, Description, shipped
+from fetal_flax.checkpoints.integrity import digest_of_arrays, digest_of_json
 from fetal_flax.config import ModelConfig, TrainConfig, to_dict
 from fetal_flax.conversion.encoder_weights import load_encoder
 from fetal_flax.data import splits
-from fetal_flax.description import DamagedError, digest_of_arrays, digest_of_json
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(name="unet", base_width=2)
 NAME = "hc18-tiny"
 DESCRIPTION = Description(
@@ -523,10 +523,10 @@ def test_a_wheel_carries_the_networks_and_predicts_anywhere(package, tmp_path):
     shutil.copytree(ROOT, project, ignore=ignored)
     networks = project / "fetal_flax" / "networks"
     shutil.copytree(package / NAME, networks / NAME)
-    source = (project / "fetal_flax" / "shipped.py").read_text()
+    source = (project / "fetal_flax" / "checkpoints" / "shipped.py").read_text()
     assert source.count('DEFAULT_NETWORK = "hc18-compact"') == 1
     source = source.replace('DEFAULT_NETWORK = "hc18-compact"', f'DEFAULT_NETWORK = "{NAME}"')
-    (project / "fetal_flax" / "shipped.py").write_text(source)
+    (project / "fetal_flax" / "checkpoints" / "shipped.py").write_text(source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "."]
     subprocess.run([*command, "--wheel-dir", str(tmp_path)], cwd=project, check=True)
     (wheel,) = tmp_path.glob("*.whl")
