@@ -437,8 +437,9 @@ class TrainConfig:
     deterministic: bool = False
     """Bit-identical results on a GPU from one time to the next, at some cost; on a CPU they are."""
     init: str = "none"
-    """Trained network to begin with, at any image size: a training workdir (its best checkpoint) or
-    a converted directory; `none` begins with `encoder.weights` and random weights."""
+    """Trained network to begin with, at any image size: a training workdir (its best checkpoint), a
+    converted directory or a shipped network's name; `none` begins with `encoder.weights` and random
+    weights."""
     model: ModelConfig = ModelConfig()
     encoder: EncoderConfig = EncoderConfig()
     data: DataConfig = DataConfig()

@@ -2,11 +2,13 @@
 
 import atexit
 import csv
+import dataclasses
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports jax.
 os.environ["XLA_FLAGS"] = (
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from fetal_flax.config import DataConfig, EncoderConfig, ModelConfig, ScheduleConfig, TrainConfig
 from fetal_flax.data.batch import Batch
 
 # Many tests compile the same step; pytest-xdist's workers and children that run train.py share it.
@@ -108,3 +111,27 @@ def tiny_hc18(tmp_path: Path) -> Path:
         writer.writerow(("filename", "pixel size(mm)", "head circumference (mm)"))
         writer.writerows(rows)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_config(tmp_path_factory) -> Callable[..., TrainConfig]:
+    """Four steps an epoch; the arguments are settings of the schedule."""
+    cache_dir = tmp_path_factory.mktemp("cache")
+
+    def make(**schedule: Any) -> TrainConfig:
+        return TrainConfig(
+            name="small",
+            model=ModelConfig(name="unet", base_width=4),
+            encoder=EncoderConfig(weights="none"),
+            data=DataConfig(
+                dataset="fetal_phantom",
+                cache_dir=str(cache_dir),
+                image_size=(32, 32),
+                phantom_count=45,
+                phantom_size=(64, 96),
+                workers=0,
+            ),
+            schedule=dataclasses.replace(ScheduleConfig(epochs=2, batch_size=8), **schedule),
+        )
+
+    return make

@@ -1,43 +1,16 @@
 """A run small enough to train in seconds, and what it leaves."""
 
 import csv
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from fetal_flax import checkpoints
-from fetal_flax.config import DataConfig, EncoderConfig, ModelConfig, ScheduleConfig, TrainConfig
 from fetal_flax.training.run import train
 
 TIMINGS = {"seconds", "images_per_second", "waiting"}
-
-
-@pytest.fixture(scope="session")
-def small_config(tmp_path_factory) -> Callable[..., TrainConfig]:
-    """Four steps an epoch; the arguments are settings of the schedule."""
-    cache_dir = tmp_path_factory.mktemp("cache")
-
-    def make(**schedule: Any) -> TrainConfig:
-        return TrainConfig(
-            name="small",
-            model=ModelConfig(name="unet", base_width=4),
-            encoder=EncoderConfig(weights="none"),
-            data=DataConfig(
-                dataset="fetal_phantom",
-                cache_dir=str(cache_dir),
-                image_size=(32, 32),
-                phantom_count=45,
-                phantom_size=(64, 96),
-                workers=0,
-            ),
-            schedule=dataclasses.replace(ScheduleConfig(epochs=2, batch_size=8), **schedule),
-        )
-
-    return make
 
 
 @pytest.fixture(scope="session")
