@@ -178,7 +178,7 @@ def _recipe(facts: Facts) -> str:
             lines.append(f"Set otherwise than in the split's run, whose command this is: {told}.")
     else:
         lines.append(f"The network is that of epoch {run.epoch} of at most {epochs}")
-        lines.append(f"(validation Dice {history['validation_dice']:.4f} at its own size).")
+        lines.append(f"(validation Dice {history['validation_dice']:.4f} at the network's size).")
     if facts.note:
         lines.append(facts.note)
     lines.append("Settings that are not the defaults (`description.json` has all):\n")
@@ -199,7 +199,8 @@ def _figures(facts: Facts) -> str:
         groups = metrics["by"].get("trimester", {})
         flags = f" --tta {run['tta']}" * (run["tta"] != "none")
         parts.append(
-            f"{metrics['n']} images, `--split {run['split']}{flags}`, {evaluation.date}; "
+            f"{metrics['n']} images, `fetal-flax evaluate --split {run['split']}{flags}`, "
+            f"{evaluation.date}; "
             f"{len(run['missed'])} heads missed."
         )
         heads = [f"trimester {name} (n = {group['n']})" for name, group in groups.items()]
