@@ -141,6 +141,10 @@ class EncoderConfig:
     weights: str = "imagenet1k_v2"
     """`imagenet1k_v1`, `imagenet1k_v2` (torchvision's files, downloaded once), the path of a
     `.pth`/`.safetensors` file or a converted directory, or `none` for random weights."""
+    float16: bool = False
+    """Whether the encoder begins with the float16 values nearest to its weights. A network that is
+    to be shipped as float16 then loses nothing in a frozen encoder, whose rounding afterwards
+    would move a circumference by half a millimetre."""
     trainable: bool = False
     """Whether the encoder learns; a frozen one has no optimizer state and never changes."""
     learning_rate: float = 3e-5

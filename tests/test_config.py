@@ -28,7 +28,7 @@ CHANGED = TrainConfig(
     model=ModelConfig(
         name="unet", variant="published", in_channels=3, aspp_width=64, base_width=8, dropout=0.0
     ),
-    encoder=EncoderConfig(weights="none", trainable=True, frozen_batch_norm="batch"),
+    encoder=EncoderConfig(weights="none", float16=True, trainable=True, frozen_batch_norm="batch"),
     data=DataConfig(data_dir="/data", image_size=(48, 80), folds=5, fold=4, workers=0),
     augmentation=AugmentationConfig(enabled=False, speckle=0.2),
     loss=LossConfig(pos_weight=2.5, dice_over="batch"),

@@ -130,18 +130,25 @@ def _initial_variables(config: TrainConfig, cache_dir: Path) -> Callable[[], Var
     Raises:
         InputError: `init` or the encoder's weights can't be read, or are of another network.
     """
+    network = encoder = None
     if config.init == "none":
         encoder = load_encoder(config.encoder.weights, config.model, cache_dir)
+    else:
+        network = _load_network(config)
 
-        def drawn() -> Variables:
-            variables = functional.init(config.model, config.seed)
-            if encoder is None:
-                return variables
-            return Variables(
+    def initial() -> Variables:
+        variables = network or functional.init(config.model, config.seed)
+        if encoder is not None:
+            variables = Variables(
                 variables.params | encoder.params, variables.batch_stats | encoder.batch_stats
             )
+        return _with_float16_encoder(variables) if config.encoder.float16 else variables
 
-        return drawn
+    return initial
+
+
+def _load_network(config: TrainConfig) -> Variables:
+    """Returns the network that `init` names."""
     variables, description = checkpoints.load(Path(config.init).expanduser())
     wanted, found = functional.shapes(config.model), functional.shapes(description.model)
     if jax.tree.map(lambda a: a.shape, wanted) != jax.tree.map(lambda a: a.shape, found):
@@ -150,7 +157,20 @@ def _initial_variables(config: TrainConfig, cache_dir: Path) -> Callable[[], Var
             f"{config.model.title} that is to be trained: set model to the settings of its "
             "config.json"
         )
-    return lambda: variables
+    return variables
+
+
+def _with_float16_encoder(variables: Variables) -> Variables:
+    """Returns variables whose encoder has values that float16 holds."""
+
+    def rounded(name: str, array: jax.Array) -> jax.Array:
+        if not name.startswith(functional.ENCODER):
+            return array
+        return jax.device_put(np.asarray(array).astype(np.float16).astype(np.float32))
+
+    return Variables(
+        *({name: rounded(name, array) for name, array in arrays.items()} for arrays in variables)
+    )
 
 
 def describe(setup: Setup) -> str:

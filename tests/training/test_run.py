@@ -201,6 +201,19 @@ def test_a_run_begins_with_a_trained_network(finished, small_config, tmp_path, r
     assert float(read_rows(workdir)[0]["validation_dice"]) > 0.3
 
 
+def test_a_frozen_encoder_can_begin_with_values_that_float16_holds(small_config):
+    data = dataclasses.replace(small_config().data, image_size=(64, 64))
+    for half in (False, True):
+        encoder = EncoderConfig(weights="none", float16=half)
+        setup = prepare(
+            dataclasses.replace(small_config(), data=data, model=ModelConfig(), encoder=encoder)
+        )
+        for name, array in setup.variables.params.items():
+            if name.endswith("kernel"):
+                held = np.array_equal(np.asarray(array).astype(np.float16), array)
+                assert held == (half and name.startswith("encoder/")), name
+
+
 def test_a_run_does_not_begin_with_another_network(finished, small_config, tmp_path):
     config = dataclasses.replace(
         small_config(), init=str(finished), model=ModelConfig(name="unet", base_width=8)
