@@ -115,7 +115,7 @@ def of_phantom(index: int) -> Measured:
 def measured(mask: np.ndarray, pixel_size: float, circumference: float) -> Measured:
     region, _ = largest_region(mask)
     axes = {name: fit(region) for name, fit in FITS.items()}
-    head = measure_head(mask, pixel_size, outline_px=0.0)
+    head = measure_head(mask, outline_px=0.0)
     return Measured(axes, pixel_size, circumference, ellipse_metrics(head, mask, pixel_size))
 
 

@@ -252,8 +252,10 @@ def compare(run: Run, rounded: Variables, dataset: Dataset, indices: Sequence[in
     changes, dices = {}, []
     for (record, whole), (_, half) in zip(*seen, strict=True):
         masks = [native_mask(mean_logits(views), record.image.shape) for views in (whole, half)]
-        heads = [measure_head(m, record.pixel_size_mm, outline_px=outline_px) for m in masks]
-        whole_mm, half_mm = (head.circumference_mm if head else 0.0 for head in heads)
+        heads = [measure_head(m, outline_px=outline_px) for m in masks]
+        whole_mm, half_mm = (
+            head.in_mm(record.pixel_size_mm).circumference if head else 0.0 for head in heads
+        )
         changes[record.name] = abs(whole_mm - half_mm)
         total = masks[0].sum() + masks[1].sum()
         dices.append(2 * (masks[0] & masks[1]).sum() / total if total else 1.0)

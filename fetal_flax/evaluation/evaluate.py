@@ -13,17 +13,16 @@ from fetal_flax.data import splits
 from fetal_flax.data.datasets import Dataset, Record, open_dataset
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
+from fetal_flax.inference.assessment import assess
 from fetal_flax.inference.segmenter import (
     Predictor,
     Views,
     mean_logits,
-    native_mask,
 )
 from fetal_flax.measurement.ellipse_overlap import ellipse_metrics
 from fetal_flax.measurement.gestational_age import trimester
-from fetal_flax.measurement.head import OUTLINE_PX, Head, largest_region, measure_head
+from fetal_flax.measurement.head import OUTLINE_PX, Head, largest_region
 from fetal_flax.measurement.overlap import segmentation_metrics
-from fetal_flax.measurement.quality import assess
 from fetal_flax.measurement.surface import surface_distances
 from fetal_flax.reporting import pictures
 from fetal_flax.reporting.html import WORST_CASES, WorstCase, write_report
@@ -141,7 +140,7 @@ def write_results(
         InputError: There are no images, or a file can't be written.
     """
     rows = measured.rows
-    missed = [row.name for row in rows if row.columns["hc_mm"] == 0]
+    missed = [row.name for row, head in zip(rows, measured.heads, strict=True) if head is None]
     metrics = write_metrics(output, rows, run={**measured.run, "missed": missed})
     cases = _worst_cases(output, measured)
     pictures_of_curves = [path.read_bytes() for path in curves]
@@ -153,18 +152,15 @@ def _measure_record(
     output: Path, record: Record, views: Views, outline_px: float
 ) -> tuple[Row, Head | None]:
     """Writes one image's mask and returns its row and the head that was found."""
-    logits = mean_logits(views)
-    mask = native_mask(logits, record.image.shape)
+    mask, head, quality = assess(mean_logits(views), record.image.shape, outline_px=outline_px)
     write_mask(output / "masks" / f"{record.name}.png", mask)
     truth, pixel_size, reference = (
         record.mask > 0,
         record.pixel_size_mm,
         record.head_circumference_mm,
     )
-    head = measure_head(mask, pixel_size, outline_px=outline_px)
-    circumference = head.circumference_mm if head else 0.0
+    circumference = head.in_mm(pixel_size).circumference if head else 0.0
     error = circumference - reference
-    quality = assess(logits, head)
     row = Row(
         record.name,
         ellipse_metrics(head, truth, pixel_size)

@@ -1,29 +1,28 @@
 """`fetal-flax predict`: masks, overlays and measurements of an image or of a folder of images."""
 
 import dataclasses
+import functools
 import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
 
 from fetal_flax import checkpoints
 from fetal_flax._util.files import csv_bytes, write_atomically
 from fetal_flax.config import TestTimeAugmentation
+from fetal_flax.inference.assessment import Assessment, assess
 from fetal_flax.inference.segmenter import (
     NetworkLogits,
     Predictor,
     Views,
     mean_logits,
-    native_mask,
 )
 from fetal_flax.inference.sources import Source, find_files, pixel_sizes, read_sources
 from fetal_flax.measurement.gestational_age import gestational_age
-from fetal_flax.measurement.head import OUTLINE_PX, Head, largest_region, measure_head
+from fetal_flax.measurement.head import OUTLINE_PX, largest_region
 from fetal_flax.measurement.overlap import segmentation_metrics
-from fetal_flax.measurement.quality import Quality, assess
 from fetal_flax.reporting import pictures
 from fetal_flax.reporting.tables import write_mask
 
@@ -69,14 +68,9 @@ class MeasuredImage(NamedTuple):
 
     source: Source
     logits: NetworkLogits
-    mask: Bool[np.ndarray, "height width"]
-    head: Head | None
-    """Measured in pixels of 1 mm where the source's pixel size isn't known."""
-    quality: Quality
-    tta_dice: float | None
-    """Dice between the masks of the image and of its mirror image; None without `flip`."""
-    tta_hc_spread: float | None
-    """Difference of their head circumferences, in the head's mm; None without both heads."""
+    assessment: Assessment
+    views: tuple[Assessment, ...]
+    """Of the image and of its mirror image, each by itself; empty without `flip`."""
 
 
 def predict(
@@ -130,7 +124,7 @@ def predict(
     ):
         _write(output, image, save_logits=save_logits)
         rows.append(_measurements(image))
-        if image.quality.flags:
+        if image.assessment.quality.flags:
             flagged.append(image.source.name)
     if rows:
         table = [MEASUREMENTS, *([row.get(name, "") for name in MEASUREMENTS] for row in rows)]
@@ -171,36 +165,27 @@ def measured_images(
 
 
 def _measure(source: Source, views: Views, outline_px: float) -> MeasuredImage:
-    def measured(logits: NetworkLogits) -> tuple[Bool[np.ndarray, "height width"], Head | None]:
-        mask = native_mask(logits, source.image.shape)
-        return mask, measure_head(mask, source.pixel_size_mm or 1.0, outline_px=outline_px)
-
+    assess_view = functools.partial(assess, shape=source.image.shape, outline_px=outline_px)
     logits = mean_logits(views)
-    mask, head = measured(logits)
-    tta_dice = tta_hc_spread = None
-    if len(views) == 2:
-        (direct, direct_head), (mirrored, mirrored_head) = map(measured, views)
-        tta_dice = segmentation_metrics(mirrored, direct)["dice"]
-        if direct_head and mirrored_head:
-            tta_hc_spread = abs(direct_head.circumference_mm - mirrored_head.circumference_mm)
-    quality = assess(logits, head)
-    return MeasuredImage(source, logits, mask, head, quality, tta_dice, tta_hc_spread)
+    each = tuple(map(assess_view, views)) if len(views) > 1 else ()
+    return MeasuredImage(source, logits, assess_view(logits), each)
 
 
 def _measurements(image: MeasuredImage) -> dict[str, object]:
     """Returns a row of `MEASUREMENTS`; what isn't known is absent."""
-    head, pixel_size = image.head, image.source.pixel_size_mm
+    pixel_size, (mask, head, quality) = image.source.pixel_size_mm, image.assessment
     row: dict[str, object] = {
         "name": image.source.name,
-        "confidence": image.quality.confidence,
-        "flags": " ".join(image.quality.flags),
+        "confidence": quality.confidence,
+        "flags": " ".join(quality.flags),
     }
     if pixel_size:
         row["pixel_size_mm"] = pixel_size
-    if image.tta_dice is not None:
-        row["tta_dice"] = image.tta_dice
+    if image.views:
+        direct, mirrored = image.views
+        row["tta_dice"] = segmentation_metrics(mirrored.mask, direct.mask)["dice"]
     if head is None:
-        _, components = largest_region(image.mask)
+        _, components = largest_region(mask)
         return row | {"components": components}
     ellipse = head.ellipse
     row |= {
@@ -215,24 +200,28 @@ def _measurements(image: MeasuredImage) -> dict[str, object]:
     }
     if not pixel_size:
         return row
+    size = head.in_mm(pixel_size)
     row |= {
-        "hc_mm": head.circumference_mm,
-        "bpd_mm": head.biparietal_diameter_mm,
-        "ofd_mm": head.occipitofrontal_diameter_mm,
+        "hc_mm": size.circumference,
+        "bpd_mm": size.biparietal_diameter,
+        "ofd_mm": size.occipitofrontal_diameter,
     }
-    if image.tta_hc_spread is not None:
-        row["tta_hc_spread_mm"] = image.tta_hc_spread
-    if age := gestational_age(head.circumference_mm):
+    heads = [view.head for view in image.views if view.head]
+    if len(heads) == 2:
+        direct, mirrored = (head.in_mm(pixel_size).circumference for head in heads)
+        row["tta_hc_spread_mm"] = abs(direct - mirrored)
+    if age := gestational_age(size.circumference):
         row |= {"ga_weeks": age.weeks, "ga_low_weeks": age.low, "ga_high_weeks": age.high}
     return row
 
 
 def _write(output: Path, image: MeasuredImage, *, save_logits: bool) -> None:
     name = image.source.name
-    write_mask(output / "masks" / f"{name}.png", image.mask)
-    drawn = pictures.overlay(image.source.image, prediction=image.mask)
-    if image.head:
-        drawn = pictures.draw_ellipse(drawn, image.head.ellipse)
+    mask, head, _ = image.assessment
+    write_mask(output / "masks" / f"{name}.png", mask)
+    drawn = pictures.overlay(image.source.image, prediction=mask)
+    if head:
+        drawn = pictures.draw_ellipse(drawn, head.ellipse)
     pictures.write_png(output / "overlays" / f"{name}.png", drawn)
     if save_logits:
         npy = io.BytesIO()

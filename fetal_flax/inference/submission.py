@@ -59,12 +59,12 @@ def submission(
         checkpoint, source, failed, pixel_size_csv=pixel_size_csv, tta=tta
     ):
         path, pixel_size = image.source.path, image.source.pixel_size_mm
-        if image.head is None:
+        if image.assessment.head is None:
             failed.append(f"{path} shows no head that the network could find")
         elif pixel_size is None:
             failed.append(f"{path} doesn't tell its pixel size: add it to {pixel_size_csv}")
         else:
-            rows.append((path.name, *to_row(image.head.ellipse, pixel_size)))
+            rows.append((path.name, *to_row(image.assessment.head.ellipse, pixel_size)))
     write_atomically(output, csv_bytes(rows))
     return SubmissionReport(len(rows) - 1, tuple(failed))
 

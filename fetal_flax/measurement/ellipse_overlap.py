@@ -55,7 +55,7 @@ def ellipse_dice(
         ValueError: The masks are not boolean, not 2-D, without pixels, or differ in shape.
     """
     check_masks(mask, truth)
-    head = measure_head(mask, 1.0, outline_px=0.0)
+    head = measure_head(mask, outline_px=0.0)
     return segmentation_metrics(ellipse_mask(head, truth.shape), truth)["dice"]
 
 

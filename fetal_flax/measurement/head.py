@@ -6,7 +6,7 @@ complete elliptic integral. docs/measurement.md has what other fits and conventi
 """
 
 import dataclasses
-from typing import cast
+from typing import NamedTuple, cast
 
 import cv2
 import numpy as np
@@ -27,16 +27,26 @@ convention of its masks."""
 _POINTS_OF_A_FIT = 6  # one more than an ellipse has parameters
 
 
+class HeadSize(NamedTuple):
+    """A head's measures in millimetres, outer to outer."""
+
+    circumference: float
+    """Head circumference (HC)."""
+    biparietal_diameter: float
+    """Biparietal diameter (BPD): the ellipse's minor axis."""
+    occipitofrontal_diameter: float
+    """Occipitofrontal diameter (OFD): the ellipse's major axis."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A head found in a mask."""
+    """A head found in a mask, in pixels of the mask."""
 
     ellipse: Ellipse
-    """In pixels of the mask, the convention's outline taken off: what is measured."""
+    """The convention's outline taken off: what is measured."""
     edge_ellipse: Ellipse
-    """In pixels of the mask, as fitted to the region's edge, the outline still in it: what is
-    compared with annotated masks, which hold the outline too."""
-    pixel_size_mm: float
+    """As fitted to the region's edge, the outline still in it: what is compared with annotated
+    masks, which hold the outline too."""
     touches_border: bool
     """Part of the edge lies on the image's border, where the head was cut off; the fit leaves
     that part out."""
@@ -46,30 +56,24 @@ class Head:
     """Dice of the measured region and the ellipse fitted to its edge, within the image: 1 for a
     region that is an ellipse."""
 
-    @property
-    def circumference_mm(self) -> float:
-        """Head circumference (HC)."""
-        return self.ellipse.circumference * self.pixel_size_mm
+    def in_mm(self, pixel_size_mm: float) -> HeadSize:
+        """Returns the head's size.
 
-    @property
-    def biparietal_diameter_mm(self) -> float:
-        """Biparietal diameter (BPD), outer to outer: the ellipse's minor axis."""
-        return 2 * self.ellipse.semi_minor * self.pixel_size_mm
-
-    @property
-    def occipitofrontal_diameter_mm(self) -> float:
-        """Occipitofrontal diameter (OFD), outer to outer: the ellipse's major axis."""
-        return 2 * self.ellipse.semi_major * self.pixel_size_mm
+        Args:
+            pixel_size_mm: Side of a (square) pixel.
+        """
+        return HeadSize(
+            circumference=self.ellipse.circumference * pixel_size_mm,
+            biparietal_diameter=2 * self.ellipse.semi_minor * pixel_size_mm,
+            occipitofrontal_diameter=2 * self.ellipse.semi_major * pixel_size_mm,
+        )
 
 
-def measure_head(
-    mask: Bool[np.ndarray, "height width"], pixel_size_mm: float, *, outline_px: float
-) -> Head | None:
+def measure_head(mask: Bool[np.ndarray, "height width"], *, outline_px: float) -> Head | None:
     """Measures the head in a mask at native size.
 
     Args:
         mask: True inside the head.
-        pixel_size_mm: Side of a (square) pixel.
         outline_px: How far the mask's edge runs outside the measured ellipse: `OUTLINE_PX`.
 
     Returns:
@@ -85,7 +89,7 @@ def measure_head(
     )
     filled = edge.filled(*mask.shape) > 0
     agreement = segmentation_metrics(filled, region)["dice"]
-    return Head(ellipse, edge, pixel_size_mm, touches_border, components, agreement)
+    return Head(ellipse, edge, touches_border, components, agreement)
 
 
 def largest_region(

@@ -26,7 +26,7 @@ class Quality(NamedTuple):
     `low_confidence` those that apply."""
 
 
-def assess(logits: Float[np.ndarray, "height width"], head: Head | None) -> Quality:
+def judge(logits: Float[np.ndarray, "height width"], head: Head | None) -> Quality:
     """Judges a prediction.
 
     Args:

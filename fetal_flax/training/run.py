@@ -143,20 +143,22 @@ def _write_curves(progress: RunProgress, workdir: Path) -> None:
 
 def write_validation_sheet(setup: Setup, workdir: Path) -> None:
     """Draws validation images, from the worst ellipse to the best, with the best checkpoint."""
+    from fetal_flax.inference.assessment import assess
     from fetal_flax.inference.segmenter import Predictor
     from fetal_flax.measurement.ellipse_overlap import ellipse_mask
-    from fetal_flax.measurement.head import OUTLINE_PX, measure_head
+    from fetal_flax.measurement.head import OUTLINE_PX
     from fetal_flax.measurement.overlap import segmentation_metrics
     from fetal_flax.reporting import pictures
 
     predictor = Predictor.from_checkpoint(workdir)
     records = [setup.dataset.record(i) for i in setup.split.validation]
-    masks = predictor.masks([record.image for record in records])
     outline_px = OUTLINE_PX[setup.config.data.dataset]
     images = []
-    for record, mask in zip(records, masks, strict=True):
+    for record, logits in zip(
+        records, predictor.logits(record.image for record in records), strict=True
+    ):
+        mask, head, _ = assess(logits, record.image.shape, outline_px=outline_px)
         truth = record.mask > 0
-        head = measure_head(mask, record.pixel_size_mm, outline_px=outline_px)
         images.append(
             pictures.SheetImage(
                 record.name,

@@ -167,7 +167,7 @@ def test_the_card_tells_what_was_measured(folder, evaluation):
         ]
         assert f"| `{name}` | {' | '.join(cells)} |" in card
     with (evaluation / "per_image.csv").open(newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: float(row["dice"]))
+        rows = sorted(csv.DictReader(file), key=lambda row: float(row["ellipse_dice"]))
     worst = re.findall(r"^\| (phantom_\d+) \|", card, re.MULTILINE)
     assert worst == [row["name"] for row in rows[:5]]
     digest = hashlib.sha256((folder / "network.safetensors").read_bytes()).hexdigest()
@@ -218,9 +218,9 @@ def test_float16_is_compared_image_by_image(script, run, config, monkeypatch):
     def circumference(size: float, index: int) -> float:
         record = dataset.record(index)
         mask = Ellipse(48.0, 32.0, size, 0.75 * size, 0.3).filled(*record.image.shape) > 0
-        head = measure_head(mask, record.pixel_size_mm, outline_px=0.0)
+        head = measure_head(mask, outline_px=0.0)
         assert head is not None
-        return head.circumference_mm
+        return head.in_mm(record.pixel_size_mm).circumference
 
     before = of_size(20.0)
     same = script.compare(before, before.variables, dataset, indices)

@@ -98,7 +98,7 @@ def test_distances_and_circumferences_are_in_millimetres(tiny_hc18, tmp_path, mo
         annotated = hc18.load(record)[1] > 0
         own = ellipse_dice(annotated, annotated)
         assert 0.99 < own < 1 and float(row["ellipse_dice"]) == (own if right else 0)
-        head = measure_head(annotated, record.pixel_size_mm, outline_px=OUTLINE_PX["hc18"])
+        head = measure_head(annotated, outline_px=OUTLINE_PX["hc18"])
         assert head and (head.edge_ellipse in shown) == right
         for name in ("hausdorff_mm", "hausdorff95_mm", "assd_mm"):
             rim = 2 * record.pixel_size_mm if right else 0

@@ -75,7 +75,7 @@ def test_an_image_gets_mask_overlay_and_logits(checkpoint, tmp_path):
     bgr = cv2.imread(str(output / "overlays" / "a.png"), cv2.IMREAD_UNCHANGED)
     assert bgr is not None
     expected = pictures.overlay(image, prediction=mask)
-    head = measure_head(mask, 1.0, outline_px=OUTLINE_PX["hc18"])
+    head = measure_head(mask, outline_px=OUTLINE_PX["hc18"])
     if head:
         expected = pictures.draw_ellipse(expected, head.ellipse)
     np.testing.assert_array_equal(bgr[..., ::-1], expected)
@@ -171,9 +171,9 @@ def test_of_mirror_images_the_spread_is_told(checkpoint, monkeypatch, tmp_path):
     predict(checkpoint, source, tmp_path / "out", pixel_size_csv=sizes)
     row = measurements(tmp_path / "out")["a"]
     masks = [ellipse.filled(40, 56) > 0 for ellipse in (HEAD, narrower)]
-    heads = [measure_head(mask, 0.5, outline_px=OUTLINE_PX["hc18"]) for mask in masks]
+    heads = [measure_head(mask, outline_px=OUTLINE_PX["hc18"]) for mask in masks]
     assert heads[0] and heads[1]
-    spread = heads[0].circumference_mm - heads[1].circumference_mm
+    spread = heads[0].in_mm(0.5).circumference - heads[1].in_mm(0.5).circumference
     assert float(row["tta_hc_spread_mm"]) == pytest.approx(spread) and spread > 2
     both, total = (masks[0] & masks[1]).sum(), masks[0].sum() + masks[1].sum()
     assert float(row["tta_dice"]) == pytest.approx(2 * both / total)

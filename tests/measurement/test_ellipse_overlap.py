@@ -32,7 +32,7 @@ def drawn(**changes: float) -> np.ndarray:
 
 
 def measured(mask: np.ndarray, truth: np.ndarray, outline_px: float = 1.4) -> dict[str, float]:
-    head = measure_head(mask, PIXEL_SIZE_MM, outline_px=outline_px)
+    head = measure_head(mask, outline_px=outline_px)
     return ellipse_metrics(head, truth, PIXEL_SIZE_MM)
 
 
@@ -77,7 +77,7 @@ def compare(truths: list[np.ndarray]) -> list[bool]:
     cut = []
     for seed, truth in enumerate(truths):
         mask = predicted(truth, seed)
-        head = measure_head(mask, PIXEL_SIZE_MM, outline_px=0.0)
+        head = measure_head(mask, outline_px=0.0)
         assert head is not None and head.components > 3
         cut.append(head.touches_border)
         ours, theirs = measured(mask, truth), by_other_means(mask, truth)
@@ -151,7 +151,7 @@ def test_the_largest_region_counts_even_where_another_is_the_head():
 )
 def test_an_ellipse_that_the_border_cuts_is_clipped_to_the_image(centre):
     truth = drawn(center_x=centre[0], center_y=centre[1])
-    head = measure_head(truth, PIXEL_SIZE_MM, outline_px=1.4)
+    head = measure_head(truth, outline_px=1.4)
     assert head is not None and head.touches_border
     filled = ellipse_mask(head, SHAPE)
     assert filled.shape == SHAPE and (filled ^ truth).sum() < 0.002 * truth.sum()

@@ -25,7 +25,7 @@ def _mask(ellipse: Ellipse, height: int = 260, width: int = 400) -> np.ndarray:
 
 
 def _measured(mask: np.ndarray, outline_px: float = 0.0) -> Head:
-    head = measure_head(mask, 0.2, outline_px=outline_px)
+    head = measure_head(mask, outline_px=outline_px)
     assert head is not None
     return head
 
@@ -51,10 +51,10 @@ def test_another_librarys_fit_gives_the_same_axes():
 
 
 def test_millimetres_are_pixels_times_their_size():
-    head = _measured(_mask(ELLIPSE))
-    assert head.circumference_mm == pytest.approx(0.2 * ELLIPSE.circumference, rel=5e-4)
-    assert head.biparietal_diameter_mm == pytest.approx(0.4 * ELLIPSE.semi_minor, rel=1e-3)
-    assert head.occipitofrontal_diameter_mm == pytest.approx(0.4 * ELLIPSE.semi_major, rel=1e-3)
+    size = _measured(_mask(ELLIPSE)).in_mm(0.2)
+    assert size.circumference == pytest.approx(0.2 * ELLIPSE.circumference, rel=5e-4)
+    assert size.biparietal_diameter == pytest.approx(0.4 * ELLIPSE.semi_minor, rel=1e-3)
+    assert size.occipitofrontal_diameter == pytest.approx(0.4 * ELLIPSE.semi_major, rel=1e-3)
 
 
 def test_the_outline_is_taken_off_both_axes():
@@ -122,7 +122,7 @@ def test_edges_enclose_the_pixels():
     ids=["empty", "full", "diagonal", "line", "pixel"],
 )
 def test_no_head_is_none(mask):
-    assert measure_head(mask, 0.1, outline_px=1.4) is None
+    assert measure_head(mask, outline_px=1.4) is None
 
 
 @pytest.mark.parametrize("count", range(6))
@@ -134,9 +134,10 @@ def test_phantoms_are_measured_to_their_circumference():
     errors = []
     for index in range(25):
         phantom = make_phantom(0, index)
-        head = measure_head(phantom.mask > 0, phantom.pixel_size_mm, outline_px=0.0)
+        head = measure_head(phantom.mask > 0, outline_px=0.0)
         assert head is not None
-        errors.append(head.circumference_mm - phantom.head_circumference_mm)
+        size = head.in_mm(phantom.pixel_size_mm)
+        errors.append(size.circumference - phantom.head_circumference_mm)
     assert abs(np.mean(errors)) < 0.01
     assert np.max(np.abs(errors)) < 0.05
 
@@ -146,9 +147,10 @@ def test_hc18s_masks_are_measured_to_the_csv(shared_dir):
     errors = []
     for record in records:
         _, mask = hc18.load(record)
-        head = measure_head(mask > 0, record.pixel_size_mm, outline_px=OUTLINE_PX["hc18"])
+        head = measure_head(mask > 0, outline_px=OUTLINE_PX["hc18"])
         assert head is not None
-        errors.append(head.circumference_mm - record.head_circumference_mm)
+        size = head.in_mm(record.pixel_size_mm)
+        errors.append(size.circumference - record.head_circumference_mm)
     assert abs(np.mean(errors)) < 0.1
     assert np.mean(np.abs(errors)) < 0.06
     assert np.max(np.abs(errors)) < 0.5

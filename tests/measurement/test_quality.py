@@ -6,7 +6,7 @@ from scipy.special import logit
 
 from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.measurement.head import Head, measure_head
-from fetal_flax.measurement.quality import assess, expected_dice
+from fetal_flax.measurement.quality import expected_dice, judge
 
 ELLIPSE = Ellipse(center_x=48.0, center_y=32.0, semi_major=30.0, semi_minor=20.0, angle=0.2)
 SHAPE = (64, 96)
@@ -17,8 +17,8 @@ def logits_of(mask: np.ndarray, probability: float = 0.9999) -> np.ndarray:
 
 
 def flags(mask: np.ndarray, probability: float = 0.9999) -> tuple[str, ...]:
-    head = measure_head(mask, 1.0, outline_px=0.0)
-    return assess(logits_of(mask, probability), head).flags
+    head = measure_head(mask, outline_px=0.0)
+    return judge(logits_of(mask, probability), head).flags
 
 
 def drawn(ellipse: Ellipse = ELLIPSE) -> np.ndarray:
@@ -49,8 +49,8 @@ def test_an_image_may_have_several():
 def test_the_agreement_is_the_dice_with_the_ellipse():
     dented = drawn()
     dented[:, 60:] = False
-    head = measure_head(dented, 1.0, outline_px=3.0)
-    without = measure_head(dented, 1.0, outline_px=0.0)
+    head = measure_head(dented, outline_px=3.0)
+    without = measure_head(dented, outline_px=0.0)
     assert isinstance(head, Head) and isinstance(without, Head)
     # The outline that is taken off is no disagreement.
     assert head.ellipse_agreement == without.ellipse_agreement
