@@ -18,7 +18,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import alternate, apart, spread
+from timing import median_with_quartiles, normalised_max_difference, time_interleaved
 
 from fetal_flax.config import TrainConfig
 from fetal_flax.data.batch import Batch
@@ -92,7 +92,7 @@ CHOICES = (
             x, kernel, stride=stride, dilation=dilation, depthwise=True
         ),
     ),
-    Choice("no dead taps", "it", convolution, "live_taps", lambda kernel, *_: kernel),
+    Choice("no dead taps", "it", convolution, "crop_kernel_to_input", lambda kernel, *_: kernel),
 )
 
 
@@ -133,14 +133,14 @@ def report(title: str, choices: list[Choice], create: Callable, batch: Batch, re
         with plainly(replaced):
             calls[name], results[name] = create(batch)
     for name, result in results.items():
-        error = apart(result, results[""])
+        error = normalised_max_difference(result, results[""])
         assert error < TOLERANCE, f"{name}: {error:.1e}"
-    seconds = alternate(calls, repeats, warm=True)
+    seconds = time_interleaved(calls, repeats, warm=True)
     chosen = seconds.pop("")
     print(f"\n| {title}: {1e3 * statistics.median(chosen):.0f} ms | ratio (quartiles) |\n|---|---|")
     for name, times in seconds.items():
         ratios = [ours / theirs for ours, theirs in zip(chosen, times, strict=True)]
-        print(f"| {name} | {spread(ratios, 2)} |", flush=True)
+        print(f"| {name} | {median_with_quartiles(ratios, 2)} |", flush=True)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from timing import alternate, apart, spread
+from timing import median_with_quartiles, normalised_max_difference, time_interleaved
 
 from fetal_flax.config import EncoderConfig, TrainConfig
 from fetal_flax.data.batch import Batch
@@ -103,18 +103,19 @@ def case(title: str, ways: list[Way], options: argparse.Namespace) -> bool:
             continue
         first[way.name] = time.perf_counter() - start
         expected = result if expected is None else expected
-        error = apart(result, expected)
+        error = normalised_max_difference(result, expected)
         if not error <= TOLERANCES[way.precision]:
             wrong.append(f"{way.name} differs by {error:.1e}")
         calls[way.name] = call
-    seconds = alternate(calls, options.repeats, options.seconds, warm=True)
+    seconds = time_interleaved(calls, options.repeats, options.seconds, warm=True)
     for way in ways:
         if way.name in calls:
             own = [s / way.steps for s in seconds[way.name]]
             ratios = [a / b for a, b in zip(own, seconds[BASE], strict=True)]
             print(
                 f"| {way.name} | {way.precision} | {first[way.name]:.1f} "
-                f"| {spread([1e3 * s for s in own], 1)} | {spread(ratios, 2)} |"
+                f"| {median_with_quartiles([1e3 * s for s in own], 1)} "
+                f"| {median_with_quartiles(ratios, 2)} |"
             )
     for line in wrong:
         print(f"\n{line}")

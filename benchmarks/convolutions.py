@@ -14,7 +14,7 @@ import statistics
 
 import jax
 import jax.numpy as jnp
-from timing import alternate
+from timing import time_interleaved
 
 from fetal_flax.models.convolution import (
     compiler_options,
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def print_row(name: str, calls: list) -> None:
-    seconds = alternate(dict(enumerate(calls)), REPEATS)
+    seconds = time_interleaved(dict(enumerate(calls)), REPEATS)
     chosen, plain, default = map(statistics.median, seconds.values())
     times = f"{1e3 * chosen:8.1f} ms  plain {1e3 * plain:8.1f} ms  {chosen / plain:.2f}"
     print(f"{name:34s} {times}  {default / plain:.2f}", flush=True)

@@ -17,7 +17,7 @@ import time
 
 import jax
 import numpy as np
-from timing import alternate
+from timing import time_interleaved
 
 from fetal_flax.config import AugmentationConfig, DataConfig, EncoderConfig, TrainConfig
 from fetal_flax.data.datasets import Dataset
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def print_rows(calls: dict, repeats: int) -> None:
-    seconds = alternate(calls, repeats)
+    seconds = time_interleaved(calls, repeats)
     for key, taken in seconds.items():
         batch, side = key if isinstance(key, tuple) else (key, None)
         each = 1e3 * statistics.median(taken) / batch
@@ -109,7 +109,7 @@ def training_step(side: int, repeats: int) -> float:
         state, metrics = step(state, 2.3, batch)
         return state, metrics
 
-    return statistics.median(alternate({"step": call}, repeats)["step"])
+    return statistics.median(time_interleaved({"step": call}, repeats)["step"])
 
 
 def data_set(count: int, backend: str, side: int) -> None:

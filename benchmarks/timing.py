@@ -11,7 +11,7 @@ import numpy as np
 Key = TypeVar("Key", bound=Hashable)
 
 
-def alternate(
+def time_interleaved(
     calls: Mapping[Key, Callable[[], Any]],
     repeats: int,
     limit: float = float("inf"),
@@ -44,13 +44,13 @@ def alternate(
     return seconds
 
 
-def spread(values: list[float], digits: int) -> str:
+def median_with_quartiles(values: list[float], digits: int) -> str:
     """Returns the median with the quartiles."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
-def apart(result: np.ndarray, expected: np.ndarray) -> float:
+def normalised_max_difference(result: np.ndarray, expected: np.ndarray) -> float:
     """Returns the largest difference over the deviation, or over the size of a single number."""
     scale = expected.std() if expected.ndim else abs(expected)
     return float(np.abs(result - expected).max() / scale)

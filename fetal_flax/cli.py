@@ -22,7 +22,7 @@ from fetal_flax.errors import InputError, Interrupted, RunError, printable
 from fetal_flax.parity.settings import ParitySettings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NAMED = 10
+MAX_FLAGGED_SHOWN = 10
 """How many flagged images are named before the rest is counted."""
 
 
@@ -57,10 +57,10 @@ class Train:
         """Trains, or prints the plan."""
         from fetal_flax.training import distributed, dry_run, run
 
-        together = self.coordinator, self.process_count, self.process_id
+        distributed_flags = self.coordinator, self.process_count, self.process_id
         if self.distributed:
-            distributed.initialize(*together)
-        elif any(flag is not None for flag in together):
+            distributed.initialize(*distributed_flags)
+        elif any(flag is not None for flag in distributed_flags):
             raise InputError(
                 "--coordinator, --process-count and --process-id are for --distributed"
             )
@@ -213,8 +213,8 @@ class Predict:
             f"in {self.output}"
         )
         if report.flagged:
-            named = ", ".join(report.flagged[:NAMED])
-            more = len(report.flagged) - NAMED
+            named = ", ".join(report.flagged[:MAX_FLAGGED_SHOWN])
+            more = len(report.flagged) - MAX_FLAGGED_SHOWN
             print(
                 f"look at {len(report.flagged)} of them (column flags): {named}"
                 + (f" and {more} more" if more > 0 else "")
@@ -320,7 +320,7 @@ class Benchmark:
     inference_batches: tuple[int, ...] = (1, 16)
     """Images per call of inference."""
     training_batch: int = 16
-    """Images per training step, over all devices together."""
+    """Images per training step, over all devices distributed_flags."""
     repeats: int = 10
     """Timed repetitions; the median counts."""
     output: Path | None = None

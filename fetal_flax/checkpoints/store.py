@@ -165,7 +165,7 @@ class TrainingCheckpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Lets go of the folder; `wait` first.
+        """Closes the checkpoint manager; `wait` first.
 
         Raises:
             OSError: What was still being saved can't be written.

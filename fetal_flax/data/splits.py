@@ -1,4 +1,4 @@
-"""Who trains and who validates, by examination: its images are near copies of each other."""
+"""Group-wise split: all images of an examination, near copies of each other, go to one side."""
 
 import dataclasses
 import hashlib

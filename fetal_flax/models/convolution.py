@@ -61,7 +61,7 @@ def convolution(
         A map with `ceil(side / stride)` rows and columns.
     """
     if stride == 1:
-        kernel = live_taps(kernel, dilation, x.shape[1], x.shape[2])
+        kernel = crop_kernel_to_input(kernel, dilation, x.shape[1], x.shape[2])
     if jax.default_backend() == "cpu":
         if depthwise:
             return depthwise_by_shifts(stride, dilation, x, kernel)
@@ -109,32 +109,32 @@ def _backward(
 ) -> tuple[FeatureMap, Kernel]:
     x, kernel = saved
     nhwc = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    margins = [dilation * (size // 2) for size in kernel.shape[:2]]
+    pads = [dilation * (size // 2) for size in kernel.shape[:2]]
     # Rows and columns at the end that no window reached.
-    rests = [x.shape[i] - 1 - (gradient.shape[i] - 1) * stride for i in (1, 2)]
-    by_x = nhwc(
+    remainders = [x.shape[i] - 1 - (gradient.shape[i] - 1) * stride for i in (1, 2)]
+    grad_x = nhwc(
         gradient,
         kernel[::-1, ::-1].transpose(0, 1, 3, 2),
         (1, 1),
-        [(margin, margin + rest) for margin, rest in zip(margins, rests, strict=True)],
+        [(pad, pad + remainder) for pad, remainder in zip(pads, remainders, strict=True)],
         lhs_dilation=(stride, stride),
         rhs_dilation=(dilation, dilation),
     )
     # Summed over images and pixels: channels are the batch, images the channels.
-    by_kernel = nhwc(
+    grad_kernel = nhwc(
         x.transpose(3, 1, 2, 0),
         gradient.transpose(1, 2, 0, 3),
         (dilation, dilation),
-        [(margin, margin - rest) for margin, rest in zip(margins, rests, strict=True)],
+        [(pad, pad - remainder) for pad, remainder in zip(pads, remainders, strict=True)],
         rhs_dilation=(stride, stride),
     )
-    return by_x, by_kernel.transpose(1, 2, 0, 3)
+    return grad_x, grad_kernel.transpose(1, 2, 0, 3)
 
 
 nhwc_convolution.defvjp(_forward, _backward)
 
 
-def live_taps(kernel: Kernel, dilation: int, height: int, width: int) -> Kernel:
+def crop_kernel_to_input(kernel: Kernel, dilation: int, height: int, width: int) -> Kernel:
     """Drops the taps of a stride-1 kernel that read only padding on a map of this size.
 
     With padding equal to the dilation, a 3×3 kernel with dilation 12 or 18 is exactly a 1×1

@@ -56,11 +56,11 @@ def fold_head(network: MobileNetASPPSEUNet) -> None:
     assert isinstance(shortcut, Conv) and shortcut.bias is not None, "batch norms are folded first"
     shortcut.kernel.set_value(shortcut.kernel[...] @ kernel)
     shortcut.bias.set_value(shortcut.bias[...] @ kernel + head.bias[...])
-    block.se = HeadedSqueezeExcite(block.se, kernel)
+    block.se = SqueezeExciteWithHead(block.se, kernel)
     network.head = None
 
 
-class HeadedSqueezeExcite(SqueezeExcite):
+class SqueezeExciteWithHead(SqueezeExcite):
     """Channel attention and the 1×1 convolution behind it, as one weighted sum over channels.
 
     Args:
@@ -89,11 +89,11 @@ def fold_up(stage: SEStage | PlainStage) -> None:
         readers.append(block.shortcut)
     for reader in readers:
         assert isinstance(reader.conv, Conv), "separable convolutions read the upsampled map"
-        reader.conv = FoldedConv(up, reader.conv, skip_first=skip_first)
+        reader.conv = UpsampleFusedConv(up, reader.conv, skip_first=skip_first)
     stage.up = None
 
 
-class FoldedConv(Conv):
+class UpsampleFusedConv(Conv):
     """A convolution of an upsampled map and a skip that takes the map before it is upsampled.
 
     Args:

@@ -15,7 +15,7 @@ from fetal_flax.config import ModelConfig
 from fetal_flax.models import folding
 from fetal_flax.models.init import HostRngs
 from fetal_flax.models.layers import FeatureMap
-from fetal_flax.models.unet import Logits, Maps, Network, UNet, as_input, create_network
+from fetal_flax.models.unet import EncoderFeatures, Logits, Network, UNet, as_input, create_network
 
 Arrays = dict[str, Array]
 
@@ -60,7 +60,7 @@ def apply(
     train: bool = False,
     train_encoder: bool = False,
     dropout_key: Array | None = None,
-    maps: Maps | None = None,
+    features: EncoderFeatures | None = None,
 ) -> tuple[Logits, Arrays]:
     """Runs the network.
 
@@ -71,7 +71,7 @@ def apply(
         train: Batch statistics and dropout in everything but the encoder.
         train_encoder: Batch statistics in the encoder.
         dropout_key: Needed with `train` by networks with dropout.
-        maps: What `encode` has made of the images, where the encoder need not run.
+        features: What `encode` has made of the images, where the encoder need not run.
 
     Returns:
         Logits, and the batch statistics after the call.
@@ -86,13 +86,13 @@ def apply(
     elif not train_encoder and not isinstance(network, UNet):
         folding.fold_norms(network.encoder)
     logits = network(
-        images, train=train, train_encoder=train_encoder, dropout_key=dropout_key, maps=maps
+        images, train=train, train_encoder=train_encoder, dropout_key=dropout_key, features=features
     )
     return logits, variables.batch_stats | _flatten(nnx.state(network, nnx.BatchStat))
 
 
-def encode(config: ModelConfig, variables: Variables, images: FeatureMap) -> Maps:
-    """Returns a MobileNetV2 encoder's maps of images in [0, 1], in evaluation, for `apply`.
+def encode(config: ModelConfig, variables: Variables, images: FeatureMap) -> EncoderFeatures:
+    """Returns a MobileNetV2 encoder's features of images in [0, 1], in evaluation, for `apply`.
 
     Raises:
         InputError: The images' shape doesn't fit the network.

@@ -17,8 +17,8 @@ STAGES = (
     (6, 320, 1, 1),
 )
 STEM_CHANNELS = 32
-TAPS = (1, 3, 6, 13, 18)  # blocks whose output the decoder uses: strides 2, 4, 8, 16, 32
-TAP_CHANNELS = (16, 24, 32, 96, 1280)
+OUT_INDICES = (1, 3, 6, 13, 18)  # blocks whose output the decoder uses: strides 2, 4, 8, 16, 32
+OUT_CHANNELS = (16, 24, 32, 96, 1280)
 
 
 class InvertedResidual(nnx.Module):
@@ -62,17 +62,17 @@ class MobileNetV2(nnx.Module):
                 stride = first_stride if repeat == 0 else 1
                 blocks.append(InvertedResidual(inputs, outputs, stride, expansion, rngs=rngs))
                 inputs = outputs
-        blocks.append(_conv_norm(inputs, TAP_CHANNELS[-1], 1, rngs))
+        blocks.append(_conv_norm(inputs, OUT_CHANNELS[-1], 1, rngs))
         self.blocks = nnx.List(blocks)
 
     def __call__(self, x: FeatureMap, *, train: bool) -> list[FeatureMap]:
-        """Returns the maps after `TAPS`, from stride 2 to stride 32."""
+        """Returns the maps after `OUT_INDICES`, from stride 2 to stride 32."""
         taps = []
         for index, block in enumerate(self.blocks):
             x = block(x, train=train)
             if isinstance(block, ConvNorm):
                 x = nnx.relu6(x)
-            if index in TAPS:
+            if index in OUT_INDICES:
                 taps.append(x)
         return taps
 

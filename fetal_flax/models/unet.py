@@ -25,16 +25,16 @@ from fetal_flax.models.blocks import (
     max_pool,
 )
 from fetal_flax.models.layers import Conv, FeatureMap, UpConv
-from fetal_flax.models.mobilenet_v2 import TAP_CHANNELS, MobileNetV2
+from fetal_flax.models.mobilenet_v2 import OUT_CHANNELS, MobileNetV2
 
 Logits = Float[Array, "batch height width 1"]
-Maps = tuple[FeatureMap, ...]
+EncoderFeatures = tuple[FeatureMap, ...]
 """An encoder's, from stride 2 to stride 32."""
 
 INIT_CHANNELS = 32
 BOTTLENECK_CHANNELS = 512
 DECODER_CHANNELS = (256, 128, 64, 32, 32)  # stages 5 to 1
-SKIP_CHANNELS = TAP_CHANNELS[3::-1]  # enc4 to enc1; enc0 is as wide as `init_conv`
+SKIP_CHANNELS = OUT_CHANNELS[3::-1]  # enc4 to enc1; enc0 is as wide as `init_conv`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ class MobileNetASPPSEUNet(nnx.Module):
         self.init_conv = ConvNorm(config.in_channels, variant.init_channels, 3, rngs=rngs)
         self.encoder = MobileNetV2(config.in_channels, rngs=rngs)
         self.aspp = ASPP(
-            TAP_CHANNELS[-1],
+            OUT_CHANNELS[-1],
             width,
             variant.bottleneck_channels,
             pool_groups=variant.pool_groups,
@@ -180,16 +180,16 @@ class MobileNetASPPSEUNet(nnx.Module):
         train: bool = False,
         train_encoder: bool = False,
         dropout_key: Array | None = None,
-        maps: Maps | None = None,
+        features: EncoderFeatures | None = None,
     ) -> Logits:
         """Segments; the shapes in the comments are for 256×256 images and all but `compact`.
 
-        `maps` are what the encoder has made of the images before.
+        `features` are what the encoder has made of the images before.
         """
         images = as_input(images, self.config, self.divisor)
         enc0 = nnx.relu(self.init_conv(images, train=train))  # 256² × 32
         # 128² × 16, 64² × 24, 32² × 32, 16² × 96, 8² × 1280
-        enc1, enc2, enc3, enc4, enc5 = maps or self.encoder(images, train=train_encoder)
+        enc1, enc2, enc3, enc4, enc5 = features or self.encoder(images, train=train_encoder)
         x = self.aspp(enc5, train=train, dropout_key=dropout_key)  # 8² × 512
         x = self.stage5(x, enc4, train=train)  # 16² × 256
         x = self.stage4(x, enc3, train=train)  # 32² × 128
@@ -213,7 +213,7 @@ class MobileNetUNet(nnx.Module):
         self.config = config
         self.init_conv = ConvNorm(config.in_channels, INIT_CHANNELS, 3, rngs=rngs)
         self.encoder = MobileNetV2(config.in_channels, rngs=rngs)
-        self.bottleneck = DoubleConv(TAP_CHANNELS[-1], BOTTLENECK_CHANNELS, rngs=rngs)
+        self.bottleneck = DoubleConv(OUT_CHANNELS[-1], BOTTLENECK_CHANNELS, rngs=rngs)
         inputs = (BOTTLENECK_CHANNELS, *DECODER_CHANNELS[:-1])
         skips = (*SKIP_CHANNELS, INIT_CHANNELS)
         self.stage5, self.stage4, self.stage3, self.stage2, self.stage1 = (
@@ -229,15 +229,15 @@ class MobileNetUNet(nnx.Module):
         train: bool = False,
         train_encoder: bool = False,
         dropout_key: Array | None = None,
-        maps: Maps | None = None,
+        features: EncoderFeatures | None = None,
     ) -> Logits:
         """Segments; the network has no dropout and leaves the key unused.
 
-        `maps` are what the encoder has made of the images before.
+        `features` are what the encoder has made of the images before.
         """
         images = as_input(images, self.config, self.divisor)
         enc0 = nnx.relu(self.init_conv(images, train=train))
-        enc1, enc2, enc3, enc4, enc5 = maps or self.encoder(images, train=train_encoder)
+        enc1, enc2, enc3, enc4, enc5 = features or self.encoder(images, train=train_encoder)
         x = self.bottleneck(enc5, train=train)
         x = self.stage5(x, enc4, train=train)
         x = self.stage4(x, enc3, train=train)
@@ -278,7 +278,7 @@ class UNet(nnx.Module):
         train: bool = False,
         train_encoder: bool = False,
         dropout_key: Array | None = None,
-        maps: Maps | None = None,
+        features: EncoderFeatures | None = None,
     ) -> Logits:
         """Segments; there is no pre-trained encoder, so no maps of one, and no dropout here."""
         images = as_input(images, self.config, self.divisor)

@@ -28,7 +28,7 @@ from fetal_flax.conversion.names import ENCODER, IGNORED, TABLES, find
 from fetal_flax.data.batch import Batch
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
-from fetal_flax.models.mobilenet_v2 import TAPS
+from fetal_flax.models.mobilenet_v2 import OUT_INDICES
 from fetal_flax.parity import reference
 from fetal_flax.parity.settings import Precision
 from fetal_flax.training.compile import create_programs, create_state
@@ -169,7 +169,7 @@ def stages(layout: str) -> list[Stage]:
         Stage("encoder/blocks/0", f"{prefix}.0.1"),
         *(Stage(f"encoder/blocks/{n}", f"{prefix}.{n}") for n in range(1, 18)),
         Stage("encoder/blocks/18", f"{prefix}.18.1"),
-        *(Stage("encoder", f"{prefix}.{n}", item) for item, n in enumerate(TAPS)),
+        *(Stage("encoder", f"{prefix}.{n}", item) for item, n in enumerate(OUT_INDICES)),
     ]
     if layout == ENCODER:
         return encoder

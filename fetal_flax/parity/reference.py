@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fetal_flax.config import LossConfig, ModelConfig, TrainConfig
 
-TAPS = (1, 3, 6, 13, 18)
-TAP_CHANNELS = (16, 24, 32, 96, 1280)
+OUT_INDICES = (1, 3, 6, 13, 18)
+OUT_CHANNELS = (16, 24, 32, 96, 1280)
 DECODER = {5: (512, 256), 4: (256, 128), 3: (128, 64), 2: (64, 32), 1: (32, 32)}
 COMPACT_DECODER = {5: (128, 96), 4: (96, 80), 3: (80, 64), 2: (64, 32), 1: (32, 16)}
 SKIPS = {5: 96, 4: 32, 3: 24, 2: 16}
@@ -55,7 +55,7 @@ class MobileNetASPPSEUNet(nn.Module):
         self.encoder = Encoder(model.in_channels).features
         self.init_conv = conv_norm_relu(model.in_channels, first, 3)
         self.bottleneck_aspp = ASPP(
-            TAP_CHANNELS[-1], width, decoder[5][0], model.dropout, compact=compact
+            OUT_CHANNELS[-1], width, decoder[5][0], model.dropout, compact=compact
         )
         for n, (inputs, outputs) in decoder.items():
             skip = {1: first, **SKIPS}[n]
@@ -82,7 +82,7 @@ class MobileNetUNet(nn.Module):
         self.encoder = Encoder(model.in_channels).features
         self.init_conv = conv_norm_relu(model.in_channels, 32, 3)
         self.bottleneck = nn.Module()
-        self.bottleneck.conv = double_conv(TAP_CHANNELS[-1], 512)
+        self.bottleneck.conv = double_conv(OUT_CHANNELS[-1], 512)
         for n, (inputs, outputs) in DECODER.items():
             block = nn.Module()
             block.conv = double_conv(outputs + {1: 32, **SKIPS}[n], outputs)
@@ -239,7 +239,7 @@ def encode(network: nn.Module, images: Tensor) -> tuple[dict[int, Tensor], Tenso
     x, taps = images, []
     for index, block in enumerate(encoder.children()):
         x = block(x)
-        if index in TAPS:
+        if index in OUT_INDICES:
             taps.append(x)
     skips = {1: init_conv(images), **dict(zip((2, 3, 4, 5), taps, strict=False))}
     return skips, taps[-1]

@@ -56,7 +56,7 @@ def shard() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def everywhere(function: Callable[[], Result]) -> Result:
+def run_on_all_processes(function: Callable[[], Result]) -> Result:
     """Calls a function in every process, and lets none go on alone.
 
     Raises:

@@ -10,13 +10,14 @@ from jaxtyping import Array, Bool, Float
 
 from fetal_flax.config import LossConfig
 
-Maps = Float[Array, "batch height width 1"]
+Logits = Float[Array, "batch height width 1"]
+Masks = Float[Array, "batch height width 1"]
 PIXELS = (1, 2, 3)
 
 
 def dice_bce_loss(
-    logits: Maps,
-    masks: Maps,
+    logits: Logits,
+    masks: Masks,
     valid: Bool[Array, " batch"],
     *,
     config: LossConfig,
@@ -39,7 +40,7 @@ def dice_bce_loss(
 
 
 def soft_dice(
-    logits: Maps, masks: Maps, weights: Float[Array, " batch"], config: LossConfig
+    logits: Logits, masks: Masks, weights: Float[Array, " batch"], config: LossConfig
 ) -> Float[Array, ""]:
     """Dice of probabilities: mean over images, or one over the batch (`config.dice_over`).
 
@@ -59,14 +60,16 @@ def soft_dice(
     return (dice * weights).sum() / weights.sum()
 
 
-def bce_with_logits(logits: Maps, masks: Maps, pos_weight: float | Array) -> Maps:
+def bce_with_logits(
+    logits: Logits, masks: Masks, pos_weight: float | Array
+) -> Float[Array, "batch height width 1"]:
     """Cross-entropy per pixel; the log-sigmoid form stays finite whatever the logit."""
     positive = pos_weight * masks * jax.nn.log_sigmoid(logits)
     negative = (1 - masks) * jax.nn.log_sigmoid(-logits)
     return -(positive + negative)
 
 
-def hard_dice(logits: Maps, masks: Maps) -> Float[Array, " batch"]:
+def hard_dice(logits: Logits, masks: Masks) -> Float[Array, " batch"]:
     """Dice of the mask at probability 0.5, per image; 1 where both masks are empty."""
     predicted = (logits > 0).astype(logits.dtype)
     overlap = (predicted * masks).sum(PIXELS)

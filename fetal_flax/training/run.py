@@ -14,7 +14,7 @@ from fetal_flax import checkpoints
 from fetal_flax.checkpoints import TrainingCheckpoints
 from fetal_flax.config import TrainConfig
 from fetal_flax.training.compile import create_state
-from fetal_flax.training.distributed import everywhere, is_first
+from fetal_flax.training.distributed import is_first, run_on_all_processes
 from fetal_flax.training.epoch import train_epochs
 from fetal_flax.training.events import Listener, Message
 from fetal_flax.training.interruption import Interruption
@@ -63,8 +63,8 @@ def train(
     """
     with Interruption() as interruption, hold_workdir(workdir), contextlib.ExitStack() as stack:
         # Settle what never changes; nothing is written but caches.
-        everywhere(lambda: check_workdir(config, workdir, resume=resume))
-        setup = everywhere(lambda: prepare(config))
+        run_on_all_processes(lambda: check_workdir(config, workdir, resume=resume))
+        setup = run_on_all_processes(lambda: prepare(config))
         console = Console(config.schedule.epochs, quiet=not is_first())
         console(Message(describe(setup)))
 
@@ -72,7 +72,7 @@ def train(
             # Begin, or go on where the last whole checkpoint is.
             if not resume:
                 # Before there are checkpoints, which nothing could go on from without it.
-                everywhere(lambda: write_start(setup, workdir))
+                run_on_all_processes(lambda: write_start(setup, workdir))
             saved = files.enter_context(contextlib.closing(TrainingCheckpoints(workdir)))
             state, progress = _begin(setup, workdir, saved, console, resume=resume)
             if resume:

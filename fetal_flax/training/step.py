@@ -17,7 +17,7 @@ from fetal_flax.data.batch import Batch
 from fetal_flax.data.photometric import apply_photometric
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Arrays, Variables
-from fetal_flax.models.unet import Maps
+from fetal_flax.models.unet import EncoderFeatures
 from fetal_flax.training.losses import dice_bce_loss, hard_dice
 from fetal_flax.training.optimizer import (
     FROZEN,
@@ -144,7 +144,7 @@ def loss_and_gradients(
 def validation_step(
     variables: Variables,
     batch: Batch,
-    features: Maps | None,
+    features: EncoderFeatures | None,
     *,
     config: TrainConfig,
     pos_weight: float | Array,
@@ -165,7 +165,7 @@ def validation_step(
     dtype = _dtype(variables.params)
     images, masks = _images(batch, dtype), _hard_masks(batch, config).astype(dtype)
     valid = jnp.asarray(batch.valid)
-    logits, _ = functional.apply(config.model, variables, images, maps=features)
+    logits, _ = functional.apply(config.model, variables, images, features=features)
     loss = dice_bce_loss(logits, masks, valid, config=config.loss, pos_weight=pos_weight)
     metrics = {"loss": loss, "dice": hard_dice(logits, masks), "valid": valid}
     if config.schedule.select_by == "ellipse_dice":
@@ -173,7 +173,7 @@ def validation_step(
     return metrics
 
 
-def encode_step(variables: Variables, batch: Batch, *, config: TrainConfig) -> Maps:
+def encode_step(variables: Variables, batch: Batch, *, config: TrainConfig) -> EncoderFeatures:
     """Returns the features that a network's encoder finds in a batch's images."""
     return functional.encode(config.model, variables, _images(batch, _dtype(variables.params)))
 

@@ -16,7 +16,7 @@ from fetal_flax.data.prefetch import DeviceBatches, prefetch_to_device
 from fetal_flax.errors import Interrupted
 from fetal_flax.measurement.ellipse_overlap import ellipse_dice
 from fetal_flax.models.functional import Variables
-from fetal_flax.models.unet import Maps
+from fetal_flax.models.unet import EncoderFeatures
 from fetal_flax.training.distributed import shard
 from fetal_flax.training.interruption import Interruption
 from fetal_flax.training.setup import Setup
@@ -39,7 +39,7 @@ class Validation:
         self._setup = setup
         config = setup.config
         self._encodes = config.model.name != "unet" and encoder_is_static(config)
-        self._kept: list[tuple[Batch, Maps | None]] = []
+        self._kept: list[tuple[Batch, EncoderFeatures | None]] = []
 
     def measure(
         self, variables: Variables, interruption: Interruption | None = None
@@ -86,7 +86,7 @@ class Validation:
         numbers = {"loss": losses, "dice": dices, "ellipse_dice": ellipse_dices}
         return {f"validation_{name}": float(np.mean(v)) for name, v in numbers.items() if v}
 
-    def _inputs(self, variables: Variables) -> Iterator[tuple[Batch, Maps | None]]:
+    def _inputs(self, variables: Variables) -> Iterator[tuple[Batch, EncoderFeatures | None]]:
         """Yields the batches with their features; keeps them once it has yielded all."""
         if self._kept:
             for batch, features in self._kept:
@@ -101,7 +101,7 @@ class Validation:
                 yield batch, features
         self._kept = kept
 
-    def _encode(self, variables: Variables, batch: Batch) -> Maps | None:
+    def _encode(self, variables: Variables, batch: Batch) -> EncoderFeatures | None:
         return self._setup.programs.encode_step(variables, batch) if self._encodes else None
 
     def _fits(self, of_a_batch: Any) -> bool:

@@ -18,7 +18,7 @@ from fetal_flax.conversion.names import IGNORED, TABLES, find
 from fetal_flax.models.aspp import ASPP
 from fetal_flax.models.blocks import DoubleConv, ResidualSEBlock, SqueezeExcite, max_pool
 from fetal_flax.models.init import HostRngs
-from fetal_flax.models.mobilenet_v2 import TAPS, InvertedResidual, MobileNetV2
+from fetal_flax.models.mobilenet_v2 import OUT_INDICES, InvertedResidual, MobileNetV2
 from fetal_flax.parity import reference
 
 
@@ -226,7 +226,7 @@ def _taps(features: nn.Sequential, x: np.ndarray) -> list[torch.Tensor]:
     for block in features:
         y = block(y)
         maps.append(y)
-    return [maps[i] for i in TAPS]
+    return [maps[i] for i in OUT_INDICES]
 
 
 # Without expansion; stride 2; with a shortcut; stride 1 without a shortcut.

@@ -13,8 +13,8 @@ from fetal_flax.models.convolution import (
     compiler_options,
     compose_up_3x3,
     convolution,
+    crop_kernel_to_input,
     depthwise_by_shifts,
-    live_taps,
     nhwc_convolution,
     plain_convolution,
     up_convolution_3x3,
@@ -139,7 +139,7 @@ def test_convolution_by_live_taps_equals_all_taps(size, dilation):
 )
 def test_live_taps_are_those_that_reach_the_map(dilation, size, taps):
     kernel = _random(3, 3, 2, 2)
-    live = live_taps(kernel, dilation, *size)
+    live = crop_kernel_to_input(kernel, dilation, *size)
     assert live.shape == (*taps, 2, 2)
     assert (live[taps[0] // 2, taps[1] // 2] == kernel[1, 1]).all()
 
@@ -201,8 +201,8 @@ def test_convolution_equals_the_plain_form_whatever_it_picks(sides, size, stride
         ("depthwise_by_shifts", 8, 3, {"depthwise": True, "dilation": 6}),
         ("nhwc_convolution", 6, 1, {}),
         ("nhwc_convolution", 6, 3, {"stride": 2}),
-        ("live_taps", 6, 3, {"dilation": 2}),
-        ("live_taps", 6, 3, {"depthwise": True, "dilation": 12}),
+        ("crop_kernel_to_input", 6, 3, {"dilation": 2}),
+        ("crop_kernel_to_input", 6, 3, {"depthwise": True, "dilation": 12}),
     ],
 )
 def test_convolution_uses_the_fast_form_on_a_cpu(monkeypatch, form, side, size, options):

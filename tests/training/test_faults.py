@@ -18,7 +18,7 @@ from fetal_flax.data.host_loader import WorkerDiedError
 from fetal_flax.data.prefetch import DeviceBatches
 from fetal_flax.errors import InputError, Interrupted, RunError
 from fetal_flax.training import epoch, run, setup, workdir
-from fetal_flax.training.distributed import everywhere
+from fetal_flax.training.distributed import run_on_all_processes
 from fetal_flax.training.events import (
     CallDone,
     CheckpointBegan,
@@ -211,9 +211,9 @@ def test_without_a_whole_checkpoint_nothing_is_overwritten(finished, small_confi
 
 
 def test_one_process_is_everywhere():
-    assert everywhere(lambda: 3) == 3
+    assert run_on_all_processes(lambda: 3) == 3
     with pytest.raises(InputError, match="wrong"):
-        everywhere(lambda: raise_(InputError("wrong")))
+        run_on_all_processes(lambda: raise_(InputError("wrong")))
 
 
 def test_flags_of_several_processes_need_distributed(capsys):

@@ -60,14 +60,15 @@ def test_the_sheet_shows_validation_images_from_the_worst_ellipse_to_the_best(
             masks[record.name] &= ~hole
     masks[records[3].name][:] = False
     sheets = []
-    monkeypatch.setattr(Predictor, "masks", lambda self, images: list(masks.values()))
+    logits = [np.where(mask, np.float32(9), np.float32(-9)) for mask in masks.values()]
+    monkeypatch.setattr(Predictor, "logits", lambda self, images: iter(logits))
     monkeypatch.setattr(pictures, "overlay_sheet", lambda path, images: sheets.append(images))
     write_validation_sheet(run, finished)
     (images,) = sheets
     assert images[0].name == records[3].name and images[0].ellipse is None
     assert {image.name for image in images} == masks.keys()
     for image in images:
-        assert image.prediction is masks[image.name]
+        assert np.array_equal(image.prediction, masks[image.name])
         assert image.ellipse_dice == ellipse_dice(image.prediction, image.truth)
         assert image.dice == segmentation_metrics(image.prediction, image.truth)["dice"]
     dices, raw = ([getattr(image, name) for image in images] for name in ("ellipse_dice", "dice"))

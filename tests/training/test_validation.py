@@ -123,15 +123,15 @@ def test_an_encoder_that_moves_is_asked_every_time(small_config):
         assert not encoded
 
 
-def test_the_maps_are_the_encoders(make_batch):
-    """In float64: the network on its encoder's maps is the network."""
+def test_the_features_are_the_encoders(make_batch):
+    """In float64: the network on its encoder's features is the network."""
     model = ModelConfig(name="mobilenet_unet")
     with jax.enable_x64(True):
         variables = jax.tree.map(lambda a: np.asarray(a, np.float64), functional.init(model, 0))
         images = make_batch(2, 32, 64).image / 255
-        maps = functional.encode(model, variables, images)
+        features = functional.encode(model, variables, images)
         (whole, _), (halves, _) = (
-            functional.apply(model, variables, images, maps=given) for given in (None, maps)
+            functional.apply(model, variables, images, features=given) for given in (None, features)
         )
-    assert [array.shape[-1] for array in maps] == [16, 24, 32, 96, 1280]
+    assert [array.shape[-1] for array in features] == [16, 24, 32, 96, 1280]
     np.testing.assert_array_equal(whole, halves)
