@@ -75,23 +75,20 @@ def train_step(
         state: Before the step.
         batch: Its images.
         config: The run.
-        pos_weight: Factor on the cross-entropy of foreground pixels; an argument, so that a step
-            can be compiled before the data tell it.
+        pos_weight: Factor on the cross-entropy of foreground pixels.
         steps_per_epoch: What warm-up and cosine count epochs by.
 
     Returns:
-        The next state; `loss` and `dice` of the batch, and whether the step was `applied`. One
+        The next state; `loss` and `dice` of the batch, and whether the step was `applied`: one
         whose loss or gradients are not finite is not (`schedule.non_finite`).
     """
     loss, gradients, batch_stats, logits = loss_and_gradients(
         state, batch, config=config, pos_weight=pos_weight
     )
     params, opt_state = _update(state, gradients, config, steps_per_epoch)
+    averages = _move_averages(state, params | batch_stats, config)
     after = state._replace(
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=opt_state,
-        averages=_move_averages(state, params | batch_stats, config),
+        params=params, batch_stats=batch_stats, opt_state=opt_state, averages=averages
     )
     applied = _all_finite((loss, gradients)) & ~state.halted
     after = jax.tree.map(lambda new, old: jnp.where(applied, new, old), after, state)
