@@ -23,15 +23,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fetal_flax import benchmark, checkpoints, cli
+from fetal_flax import checkpoints
 from fetal_flax.checkpoints import DamagedError, Description, shipped
 from fetal_flax.checkpoints.integrity import digest_of_arrays, digest_of_json
+from fetal_flax.commands.main import main
 from fetal_flax.config import ModelConfig, TrainConfig, to_dict
 from fetal_flax.conversion.encoder_weights import load_encoder
 from fetal_flax.data import splits
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
+from fetal_flax.performance import benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(name="unet", base_width=2)
@@ -186,7 +188,7 @@ def test_a_package_without_networks_says_so(tmp_path, monkeypatch, capsys):
         checkpoints.load("hc18-tiny")
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 56), np.uint8))
     flags = ["--input", str(tmp_path / "a.png"), "--output", str(tmp_path / "out")]
-    assert cli.main(["predict", *flags]) == 2
+    assert main(["predict", *flags]) == 2
     printed = capsys.readouterr().err
     assert re.fullmatch(
         r"fetal-flax predict: .* not in this package: give .*--checkpoint\n", printed
@@ -223,8 +225,8 @@ def test_without_a_checkpoint_predict_takes_the_default(package, tmp_path, monke
     shutil.copytree(package / NAME, tmp_path / NAME)
     cv2.imwrite("a.png", np.random.default_rng(0).integers(0, 256, (40, 56), np.uint8))
     common = ["predict", "--input", "a.png", "--save-logits"]
-    assert cli.main([*common, "--output", "default"]) == 0
-    assert cli.main([*common, "--output", "named", "--checkpoint", str(package / NAME)]) == 0
+    assert main([*common, "--output", "default"]) == 0
+    assert main([*common, "--output", "named", "--checkpoint", str(package / NAME)]) == 0
     logits = [np.load(f"{output}/logits/a.npy") for output in ("default", "named")]
     assert np.array_equal(*logits) and logits[0].std() > 0
 
@@ -235,28 +237,28 @@ def test_every_command_takes_a_name(package, tiny_hc18, tmp_path, monkeypatch):
     images = str(tiny_hc18 / "training_set")
     sizes = str(tiny_hc18 / "training_set_pixel_size_and_HC.csv")
     data, named = ["--data-dir", str(tiny_hc18)], ["--checkpoint", NAME]
-    assert cli.main(["predict", *named, "--input", images, "--output", "predicted"]) == 0
-    assert cli.main(["evaluate", *named, *data, "--output", "evaluated"]) == 0
+    assert main(["predict", *named, "--input", images, "--output", "predicted"]) == 0
+    assert main(["evaluate", *named, *data, "--output", "evaluated"]) == 0
     metrics = json.loads(Path("evaluated/metrics.json").read_text())
     assert metrics["run"]["checkpoint"] == NAME and metrics["run"]["epoch"] == 7
     of_challenge = ["--input", images, "--pixel-size-csv", sizes]
-    assert cli.main(["submission", *named, *of_challenge]) in (0, 2)
+    assert main(["submission", *named, *of_challenge]) in (0, 2)
     assert Path("submission.csv").is_file()
-    assert cli.main(["convert", "--to-torch", "--source", NAME, "--output", "network.pth"]) == 0
+    assert main(["convert", "--to-torch", "--source", NAME, "--output", "network.pth"]) == 0
 
 
 @pytest.mark.slow
 def test_parity_takes_a_name(package, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["convert", "--to-torch", "--source", NAME, "--output", "network.pth"]) == 0
+    assert main(["convert", "--to-torch", "--source", NAME, "--output", "network.pth"]) == 0
     flags = ["--reference", "network.pth", "--image-size", "32", "32", "--steps", "0"]
     flags += ["--batch-size", "1", "--batches", "1", "--precisions", "float32"]
     flags += ["--cache-dir", "cache"]
-    assert cli.main(["parity", "--checkpoint", NAME, *flags]) == 0
+    assert main(["parity", "--checkpoint", NAME, *flags]) == 0
     # Another network than the reference's: the name's is what was compared.
     model = ModelConfig(name="unet", base_width=1)
     write(package / "other", functional.init(model, 0), Description("network", model))
-    assert cli.main(["parity", "--checkpoint", "other", *flags]) == 2
+    assert main(["parity", "--checkpoint", "other", *flags]) == 2
     assert "other holds a unet, and the reference another network" in capsys.readouterr().err
 
 
@@ -267,7 +269,7 @@ def test_the_benchmark_measures_the_network_of_a_name(package, variables, capsys
     model, taken, size = benchmark.network(MODEL, None, None)
     assert (model, size) == (MODEL, (256, 256)) and not same(taken, rounded(variables))
     flags = ["--checkpoint", NAME, "--model.name", "unet"]
-    assert cli.main(["benchmark", *flags]) == 2
+    assert main(["benchmark", *flags]) == 2
     assert "leave --model.* out" in capsys.readouterr().err
 
 
@@ -294,7 +296,7 @@ def test_a_side_of_the_split_is_the_one_beside_the_network(
     splits.write_manifest(package / NAME / "split.json", sides, names, method={})
     output = tmp_path / "out"
     flags = ["--checkpoint", NAME, "--data-dir", str(tiny_hc18), "--output", str(output)]
-    assert cli.main(["evaluate", *flags, "--split", "validation"]) == 0
+    assert main(["evaluate", *flags, "--split", "validation"]) == 0
     with (output / "per_image.csv").open(newline="") as file:
         assert [row["name"] for row in csv.DictReader(file)] == ["001_2HC", "001_HC"]
 
@@ -307,7 +309,7 @@ def test_what_was_trained_on_all_images_has_no_split(
     write(package / "on-all", variables, on_all)
     output = tmp_path / "out"
     flags = ["--checkpoint", "on-all", "--data-dir", str(tiny_hc18), "--output", str(output)]
-    assert cli.main(["evaluate", *flags, "--split", split]) == 2
+    assert main(["evaluate", *flags, "--split", split]) == 2
     printed = capsys.readouterr().err
     assert f"trained on all images and left none out, so it has no {split} images" in printed
     assert not output.exists()
