@@ -1,9 +1,5 @@
 """Presets: what the files give, how a broken file is named, and that a wheel carries them."""
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -57,34 +53,17 @@ def test_a_config_file_that_fails_is_named(content, named, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_wheel_trains_presets_by_name_anywhere(tmp_path):
-    project = tmp_path / "project"
-    ignored = shutil.ignore_patterns(".*", "runs", "__pycache__")
-    shutil.copytree(ROOT, project, ignore=ignored)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-warn-conflicts"]
-    installed = tmp_path / "installed"
-    subprocess.run([*pip, "--target", str(installed), "."], cwd=project, check=True)
-    shutil.rmtree(project)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(installed / "bin" / "fetal-flax"), *arguments],
-            cwd=elsewhere,
-            env={**os.environ, "PYTHONPATH": str(installed), "XLA_FLAGS": ""},
-            capture_output=True,
-            text=True,
-        )
-
-    unknown = run("train", "hc19")
+def test_a_wheel_trains_presets_by_name_anywhere(install_wheel, tmp_path):
+    wheel = install_wheel()
+    unknown = wheel.run("train", "hc19", cwd=tmp_path)
     assert (unknown.returncode, unknown.stdout) == (2, "")
     assert all(name in unknown.stderr for name in presets.names())
-    assert run("--version").stdout.startswith("fetal-flax ")
+    assert wheel.run("--version", cwd=tmp_path).stdout.startswith("fetal-flax ")
+    ran = wheel.run("train", "hc18", "--help", cwd=tmp_path)
+    assert ran.returncode == 0 and "(default: hc18)" in ran.stdout
     small = ["--model.name", "unet", "--model.base-width", "2", "--data.image-size", "32", "32"]
     data = ["--data.cache-dir", "cache", "--data.workers", "0", "--data.phantom-count", "45"]
-    ran = run("train", "phantom", *small, *data, "--schedule.epochs", "1")
+    flags = [*small, *data, "--schedule.epochs", "1"]
+    ran = wheel.run("train", "phantom", *flags, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert (elsewhere / "runs" / "phantom" / "metrics.csv").is_file()
-    ran = run("train", "hc18", "--help")
-    assert ran.returncode == 0 and "(default: hc18)" in ran.stdout
+    assert (tmp_path / "runs" / "phantom" / "metrics.csv").is_file()

@@ -10,8 +10,6 @@ import pickle
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +33,6 @@ from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 from fetal_flax.performance import benchmark
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(name="unet", base_width=2)
 NAME = "hc18-tiny"
 DESCRIPTION = Description(
@@ -519,38 +516,24 @@ def test_files_that_are_none_are_refused(variables, tmp_path, name, content):
 
 
 @pytest.mark.slow
-def test_a_wheel_carries_the_networks_and_predicts_anywhere(package, tmp_path):
-    project = tmp_path / "project"
-    ignored = shutil.ignore_patterns(".*", "runs", "build", "__pycache__", "*.egg-info")
-    shutil.copytree(ROOT, project, ignore=ignored)
-    networks = project / "fetal_flax" / "networks"
-    shutil.copytree(package / NAME, networks / NAME)
-    source = (project / "fetal_flax" / "checkpoints" / "shipped.py").read_text()
-    assert source.count('DEFAULT_NETWORK = "hc18-compact"') == 1
-    source = source.replace('DEFAULT_NETWORK = "hc18-compact"', f'DEFAULT_NETWORK = "{NAME}"')
-    (project / "fetal_flax" / "checkpoints" / "shipped.py").write_text(source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "."]
-    subprocess.run([*command, "--wheel-dir", str(tmp_path)], cwd=project, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "installed")
-    installed = tmp_path / "installed" / "fetal_flax" / "networks"
-    assert (installed / "LICENSE.torchvision").is_file()
-    for path in (networks / NAME).iterdir():
-        assert (installed / NAME / path.name).read_bytes() == path.read_bytes()
+def test_a_wheel_carries_the_networks_and_predicts_anywhere(package, install_wheel, tmp_path):
+    def add_network(project: Path) -> None:
+        shutil.copytree(package / NAME, project / "fetal_flax" / "networks" / NAME)
+        path = project / "fetal_flax" / "checkpoints" / "shipped.py"
+        source = path.read_text()
+        assert source.count('DEFAULT_NETWORK = "hc18-compact"') == 1
+        path.write_text(source.replace('"hc18-compact"', f'"{NAME}"'))
+
+    wheel = install_wheel(add_network)
+    networks = wheel.folder / "fetal_flax" / "networks"
+    assert (networks / "LICENSE.torchvision").is_file()
+    for path in (package / NAME).iterdir():
+        assert (networks / NAME / path.name).read_bytes() == path.read_bytes()
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     cv2.imwrite(str(elsewhere / "scan.png"), np.zeros((40, 56), np.uint8))
-    program = "import fetal_flax.cli as c; print(c.__file__); raise SystemExit(c.main())"
     flags = ["predict", "--input", "scan.png", "--output", "out", "--pixel-size", "0.2"]
-    ran = subprocess.run(
-        [sys.executable, "-c", program, *flags],
-        cwd=elsewhere,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
-        capture_output=True,
-        text=True,
-    )
+    ran = wheel.run(*flags, cwd=elsewhere)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.startswith(str(tmp_path / "installed"))
     assert (elsewhere / "out" / "measurements.csv").is_file()
