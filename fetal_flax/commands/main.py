@@ -21,7 +21,7 @@ from fetal_flax.commands.submission import Submission
 from fetal_flax.commands.summary import Summarize
 from fetal_flax.commands.train import Train
 from fetal_flax.config import DataConfig
-from fetal_flax.errors import InputError, Interrupted, RunError
+from fetal_flax.errors import InputError, Interrupted, RunError, printable
 
 COMMANDS: dict[str, Any] = {
     "train": Train,
@@ -95,7 +95,10 @@ def parse(name: str, flags: Sequence[str]) -> Any:
     default = command.before_flags(flags) if takes_settings else tyro.MISSING_NONPROP
     parsed = tyro.cli(command, prog=f"fetal-flax {name}", args=flags, default=default)
     if takes_settings and parsed.preset != default.preset:
-        raise InputError(f"a preset's name stands before all flags: {name} {parsed.preset} …")
+        raise InputError(
+            f"{printable(parsed.preset)} is no flag's value; a preset's name stands before all "
+            "flags"
+        )
     return parsed
 
 

@@ -43,14 +43,14 @@ class RunSettings:
         parser.add_argument("--resume", action="store_true")
         known, _ = parser.parse_known_args(flags)
         preset = flags[0] if flags and not flags[0].startswith("-") else None
-        if preset and known.config:
-            raise InputError(f"give a preset's name, such as {preset}, or --config, not both")
+        if preset is not None and known.config:
+            raise InputError("give a preset's name or --config, not both")
         if known.config:
             settings = presets.load_file(known.config)
-        elif known.resume and known.workdir and not preset:
+        elif known.resume and known.workdir and preset is None:
             from fetal_flax.training.workdir import read_config
 
             settings = read_config(known.workdir)
         else:
-            settings = presets.load(preset or presets.DEFAULT)
+            settings = presets.load(presets.DEFAULT if preset is None else preset)
         return cls(settings, preset)
