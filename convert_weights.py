@@ -2,7 +2,7 @@
 
 import sys
 
-from fetal_flax.cli import main
+from fetal_flax.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["convert", *sys.argv[1:]]))

@@ -120,9 +120,8 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _run(*arguments: str) -> None:
-    code = "import sys; from fetal_flax.cli import main; sys.exit(main())"
     start = time.monotonic()
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "fetal_flax", *arguments], check=True, cwd=ROOT)
     print(f"{arguments[0]} took {time.monotonic() - start:.0f} s", file=sys.stderr)
 
 

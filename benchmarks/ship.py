@@ -26,10 +26,8 @@ import jax
 import numpy as np
 from model_card import Evaluation, Facts, Float16, Run, card, differences, float16_sentence
 
-from fetal_flax import checkpoints
-from fetal_flax.benchmark import device_name
+from fetal_flax import checkpoints, presets
 from fetal_flax.checkpoints import shipped
-from fetal_flax.cli import CONFIGS, load_config
 from fetal_flax.config import DataConfig, TrainConfig, from_dict, to_dict
 from fetal_flax.data import splits
 from fetal_flax.data.datasets import Dataset, open_dataset
@@ -38,6 +36,7 @@ from fetal_flax.inference.segmenter import Predictor, mean_logits, native_mask
 from fetal_flax.measurement.head import OUTLINE_PX, measure_head
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
+from fetal_flax.performance.machine import device_name
 
 
 def main() -> int:
@@ -54,7 +53,7 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--data-dir", type=Path, help="HC18 folder; else what the run was given")
-    parser.add_argument("--config", type=Path, help="the recipe; else configs/NAME.py of the run")
+    parser.add_argument("--config", type=Path, help="the recipe; else the preset of the run's name")
     parser.add_argument("--trained-on-all", type=Path, help="the run whose network is shipped")
     parser.add_argument("--note", default="", help="a sentence for the card's recipe")
     parser.add_argument("--limit-mm", type=float, default=0.05, help="most that float16 may change")
@@ -111,8 +110,8 @@ def ship(
         _check_trained_on_all(run, measured, trained_on_all, dataset)
     trained_with = {dataset.names[index] for index in sides.train}
     read = [read_evaluation(folder, measured, trained_with) for folder in evaluations]
-    recipe = recipe or CONFIGS / f"{measured.config.name}.py"
-    training = training_command(measured.config, load_config(recipe), recipe)
+    recipe = recipe or presets.FOLDER / f"{measured.config.name}.py"
+    training = training_command(measured.config, presets.load_file(recipe), recipe)
 
     arrays, float16 = round_weights(run, dataset, sides.validation, limit_mm)
     figures = {
@@ -295,7 +294,9 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def training_command(config: TrainConfig, recipe: TrainConfig, path: Path) -> str:
     """Returns the command that trains `config`, from the recipe in a file."""
-    words = ["fetal-flax", "train", "--config", f"{path.parent.name}/{path.name}"]
+    is_preset = path.parent.samefile(presets.FOLDER)
+    source = [path.stem] if is_preset else ["--config", f"{path.parent.name}/{path.name}"]
+    words = ["fetal-flax", "train", *source]
     for name, (value, _) in differences(config, recipe).items():
         section, _, field = name.replace("_", "-").rpartition(".")
         prefix = f"--{section}." if section else "--"

@@ -21,7 +21,7 @@ def child(flags: list[str], started: float) -> int:
     """Trains up to the end of the first call of the step."""
     import jax
 
-    from fetal_flax import cli
+    from fetal_flax.commands import main as command_line
     from fetal_flax.training.compile import BackgroundCompilation
 
     def timed(self, *arguments):
@@ -34,7 +34,7 @@ def child(flags: list[str], started: float) -> int:
         os._exit(0)
 
     BackgroundCompilation.__call__ = timed
-    return cli.main(["train", *flags])
+    return command_line.main(["train", *flags])
 
 
 def start(flags: list[str], cache: str) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Baseline: U-Net decoder on a MobileNetV2 encoder that goes on learning, on HC18.
 
-    python train.py --config configs/baseline_mobilenet_unet.py
+    fetal-flax train baseline_mobilenet_unet
 
 `--encoder.no-trainable` freezes the encoder.
 """

@@ -1,6 +1,6 @@
 """Baseline: the standard U-Net of base width 32 on HC18, from scratch.
 
-    python train.py --config configs/baseline_unet.py
+    fetal-flax train baseline_unet
 
 There is no encoder to load here, so it needs nothing but HC18.
 """

@@ -1,6 +1,6 @@
 """The recipe: the described network on HC18, with the class weight that the data has.
 
-    python train.py --config configs/hc18.py
+    fetal-flax train hc18
 
 validates at Dice 0.95 after 2 epochs and 0.967 after 5 (652 images, two cores of a shared Xeon,
 about 6 minutes an epoch, 2026-11-23); nobody has yet run all 100 epochs.

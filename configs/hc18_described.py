@@ -1,6 +1,6 @@
 """The described network on HC18, trained literally as described: `pos_weight` 200.
 
-    python train.py --config configs/hc18_described.py
+    fetal-flax train hc18_described
 
 The description takes 200 from a foreground : background ratio of 1 : 260. That is the ratio of
 the unfilled outline; filled heads cover 30 % of the image. See docs/architecture.md.

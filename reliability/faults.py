@@ -59,7 +59,7 @@ def child(arguments: list[str]) -> int:
     from fetal_flax.config import DataConfig
 
     keep_compilations(DataConfig.cache_dir)  # Before anything imports JAX.
-    from fetal_flax import cli
+    from fetal_flax.commands import main as command_line
     from fetal_flax.training import events, run
 
     phases = {
@@ -74,7 +74,7 @@ def child(arguments: list[str]) -> int:
 
     run.train = functools.partial(run.train, listeners=[announce])
     print("PHASE start", flush=True)
-    return cli.main(["train", *arguments])
+    return command_line.main(["train", *arguments])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,9 +46,11 @@ import safetensors.numpy
 import torch
 from hypothesis import strategies as st
 
-from fetal_flax import checkpoints, cli
+from fetal_flax import checkpoints
 from fetal_flax._util.files import json_bytes
 from fetal_flax.checkpoints import shipped
+from fetal_flax.commands import main as command_line
+from fetal_flax.commands.train import Train
 from fetal_flax.config import ModelConfig, TrainConfig, from_dict, to_dict
 from fetal_flax.conversion.names import TABLES
 from fetal_flax.conversion.reader import read_state_dict
@@ -365,11 +367,11 @@ def command_lines(campaign: Campaign, inputs: int, rng: random.Random, folder: P
     """`train --section.field VALUE`, `--config FILE`: parsed and checked, not run."""
     accepted: list[TrainConfig] = []
 
-    def keep(self: cli.Train) -> int:
+    def keep(self: Train) -> int:
         accepted.append(self.settings)
         return 0
 
-    cli.Train.run = keep
+    Train.run = keep
     path = folder / "settings.py"
     value = _ODD.map(str) | st.sampled_from(damage.WORDS)
     odd_flag = st.sampled_from(("--config", "--fold", "--resume", "--hlep")) | value
@@ -382,7 +384,7 @@ def command_lines(campaign: Campaign, inputs: int, rng: random.Random, folder: P
         accepted.clear()
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            code = cli.main(["train", *arguments])
+            code = command_line.main(["train", *arguments])
         message = printed.getvalue().removesuffix("\n")
         for word in filter(None, arguments):  # Repeated as it was typed.
             message = message.replace(word, "…")

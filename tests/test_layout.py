@@ -14,6 +14,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
     "_util": set(),
+    "presets": set(),
     "measurement": set(),
     "models": set(),
     "data": {"measurement"},
@@ -27,11 +28,11 @@ ARROWS: dict[str, set[str]] = {
         *("reporting", "summary"),
     },
     "evaluation": {"checkpoints", "data", "inference", "measurement", "reporting", "training"},
-    "benchmark": {"checkpoints", "data", "models", "inference", "training"},
+    "performance": {"checkpoints", "data", "models", "inference", "training"},
     "parity": {"checkpoints", "conversion", "data", "models", "training"},
 }
-"""What each room imports, besides `EVERYWHERE` and itself; the command line imports them all."""
-FREE = {"cli", "__init__"}
+"""What each room imports, besides `EVERYWHERE` and itself; the commands import them all."""
+FREE = {"commands", "__init__", "__main__"}
 """Imports are weighed by the syntax, wherever in a file they stand."""
 
 

@@ -86,7 +86,7 @@ def refuse(event, arguments):
         os._exit(99)
 
 sys.addaudithook(refuse)
-from fetal_flax.cli import main
+from fetal_flax.commands.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -52,6 +52,11 @@ def with_fold(config: TrainConfig, fold: int) -> TrainConfig:
     )
 
 
+def default_workdir(config: TrainConfig) -> Path:
+    """Returns where a cross-validation goes if nothing else is said."""
+    return Path("runs", f"{config.name}-folds")
+
+
 def fold_folder(workdir: Path, fold: int) -> Path:
     """Returns the workdir of one fold's run."""
     return workdir / f"fold-{fold}"

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fetal_flax import checkpoints, cli
+from fetal_flax import checkpoints, presets
 from fetal_flax.checkpoints import Description, TrainingCheckpoints, shipped
+from fetal_flax.commands.main import parse
 from fetal_flax.config import (
     DataConfig,
     EncoderConfig,
@@ -185,10 +186,14 @@ def test_the_cards_command_trains_the_same(script, config, recipe):
         augmentation=dataclasses.replace(config.augmentation, enabled=False),
         model=dataclasses.replace(config.model, aspp_width=64),
     )
-    command = script.training_command(odd, cli.load_config(recipe), recipe).split()
+    command = script.training_command(odd, presets.load_file(recipe), recipe).split()
     assert command[:3] == ["fetal-flax", "train", "--config"]
-    parsed = cli._parse("train", ["--config", str(recipe), *command[4:]])
+    parsed = parse("train", ["--config", str(recipe), *command[4:]])
     assert parsed.settings == odd
+    preset = presets.FOLDER / "hc18.py"
+    command = script.training_command(odd, presets.load("hc18"), preset).split()
+    assert command[:3] == ["fetal-flax", "train", "hc18"]
+    assert parse("train", command[2:]).settings == odd
 
 
 class Drawing:

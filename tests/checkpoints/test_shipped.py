@@ -10,8 +10,6 @@ import pickle
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,17 +21,18 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fetal_flax import benchmark, checkpoints, cli
+from fetal_flax import checkpoints
 from fetal_flax.checkpoints import DamagedError, Description, shipped
 from fetal_flax.checkpoints.integrity import digest_of_arrays, digest_of_json
+from fetal_flax.commands.main import main
 from fetal_flax.config import ModelConfig, TrainConfig, to_dict
 from fetal_flax.conversion.encoder_weights import load_encoder
 from fetal_flax.data import splits
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
+from fetal_flax.performance import benchmark
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(name="unet", base_width=2)
 NAME = "hc18-tiny"
 DESCRIPTION = Description(
@@ -186,7 +185,7 @@ def test_a_package_without_networks_says_so(tmp_path, monkeypatch, capsys):
         checkpoints.load("hc18-tiny")
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 56), np.uint8))
     flags = ["--input", str(tmp_path / "a.png"), "--output", str(tmp_path / "out")]
-    assert cli.main(["predict", *flags]) == 2
+    assert main(["predict", *flags]) == 2
     printed = capsys.readouterr().err
     assert re.fullmatch(
         r"fetal-flax predict: .* not in this package: give .*--checkpoint\n", printed
@@ -223,8 +222,8 @@ def test_without_a_checkpoint_predict_takes_the_default(package, tmp_path, monke
     shutil.copytree(package / NAME, tmp_path / NAME)
     cv2.imwrite("a.png", np.random.default_rng(0).integers(0, 256, (40, 56), np.uint8))
     common = ["predict", "--input", "a.png", "--save-logits"]
-    assert cli.main([*common, "--output", "default"]) == 0
-    assert cli.main([*common, "--output", "named", "--checkpoint", str(package / NAME)]) == 0
+    assert main([*common, "--output", "default"]) == 0
+    assert main([*common, "--output", "named", "--checkpoint", str(package / NAME)]) == 0
     logits = [np.load(f"{output}/logits/a.npy") for output in ("default", "named")]
     assert np.array_equal(*logits) and logits[0].std() > 0
 
@@ -235,28 +234,28 @@ def test_every_command_takes_a_name(package, tiny_hc18, tmp_path, monkeypatch):
     images = str(tiny_hc18 / "training_set")
     sizes = str(tiny_hc18 / "training_set_pixel_size_and_HC.csv")
     data, named = ["--data-dir", str(tiny_hc18)], ["--checkpoint", NAME]
-    assert cli.main(["predict", *named, "--input", images, "--output", "predicted"]) == 0
-    assert cli.main(["evaluate", *named, *data, "--output", "evaluated"]) == 0
+    assert main(["predict", *named, "--input", images, "--output", "predicted"]) == 0
+    assert main(["evaluate", *named, *data, "--output", "evaluated"]) == 0
     metrics = json.loads(Path("evaluated/metrics.json").read_text())
     assert metrics["run"]["checkpoint"] == NAME and metrics["run"]["epoch"] == 7
     of_challenge = ["--input", images, "--pixel-size-csv", sizes]
-    assert cli.main(["submission", *named, *of_challenge]) in (0, 2)
+    assert main(["submission", *named, *of_challenge]) in (0, 2)
     assert Path("submission.csv").is_file()
-    assert cli.main(["convert", "--to-torch", "--source", NAME, "--output", "network.pth"]) == 0
+    assert main(["convert", "--to-torch", "--source", NAME, "--output", "network.pth"]) == 0
 
 
 @pytest.mark.slow
 def test_parity_takes_a_name(package, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["convert", "--to-torch", "--source", NAME, "--output", "network.pth"]) == 0
+    assert main(["convert", "--to-torch", "--source", NAME, "--output", "network.pth"]) == 0
     flags = ["--reference", "network.pth", "--image-size", "32", "32", "--steps", "0"]
     flags += ["--batch-size", "1", "--batches", "1", "--precisions", "float32"]
     flags += ["--cache-dir", "cache"]
-    assert cli.main(["parity", "--checkpoint", NAME, *flags]) == 0
+    assert main(["parity", "--checkpoint", NAME, *flags]) == 0
     # Another network than the reference's: the name's is what was compared.
     model = ModelConfig(name="unet", base_width=1)
     write(package / "other", functional.init(model, 0), Description("network", model))
-    assert cli.main(["parity", "--checkpoint", "other", *flags]) == 2
+    assert main(["parity", "--checkpoint", "other", *flags]) == 2
     assert "other holds a unet, and the reference another network" in capsys.readouterr().err
 
 
@@ -267,7 +266,7 @@ def test_the_benchmark_measures_the_network_of_a_name(package, variables, capsys
     model, taken, size = benchmark.network(MODEL, None, None)
     assert (model, size) == (MODEL, (256, 256)) and not same(taken, rounded(variables))
     flags = ["--checkpoint", NAME, "--model.name", "unet"]
-    assert cli.main(["benchmark", *flags]) == 2
+    assert main(["benchmark", *flags]) == 2
     assert "leave --model.* out" in capsys.readouterr().err
 
 
@@ -294,7 +293,7 @@ def test_a_side_of_the_split_is_the_one_beside_the_network(
     splits.write_manifest(package / NAME / "split.json", sides, names, method={})
     output = tmp_path / "out"
     flags = ["--checkpoint", NAME, "--data-dir", str(tiny_hc18), "--output", str(output)]
-    assert cli.main(["evaluate", *flags, "--split", "validation"]) == 0
+    assert main(["evaluate", *flags, "--split", "validation"]) == 0
     with (output / "per_image.csv").open(newline="") as file:
         assert [row["name"] for row in csv.DictReader(file)] == ["001_2HC", "001_HC"]
 
@@ -307,7 +306,7 @@ def test_what_was_trained_on_all_images_has_no_split(
     write(package / "on-all", variables, on_all)
     output = tmp_path / "out"
     flags = ["--checkpoint", "on-all", "--data-dir", str(tiny_hc18), "--output", str(output)]
-    assert cli.main(["evaluate", *flags, "--split", split]) == 2
+    assert main(["evaluate", *flags, "--split", split]) == 2
     printed = capsys.readouterr().err
     assert f"trained on all images and left none out, so it has no {split} images" in printed
     assert not output.exists()
@@ -517,38 +516,24 @@ def test_files_that_are_none_are_refused(variables, tmp_path, name, content):
 
 
 @pytest.mark.slow
-def test_a_wheel_carries_the_networks_and_predicts_anywhere(package, tmp_path):
-    project = tmp_path / "project"
-    ignored = shutil.ignore_patterns(".*", "runs", "build", "__pycache__", "*.egg-info")
-    shutil.copytree(ROOT, project, ignore=ignored)
-    networks = project / "fetal_flax" / "networks"
-    shutil.copytree(package / NAME, networks / NAME)
-    source = (project / "fetal_flax" / "checkpoints" / "shipped.py").read_text()
-    assert source.count('DEFAULT_NETWORK = "hc18-compact"') == 1
-    source = source.replace('DEFAULT_NETWORK = "hc18-compact"', f'DEFAULT_NETWORK = "{NAME}"')
-    (project / "fetal_flax" / "checkpoints" / "shipped.py").write_text(source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "."]
-    subprocess.run([*command, "--wheel-dir", str(tmp_path)], cwd=project, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "installed")
-    installed = tmp_path / "installed" / "fetal_flax" / "networks"
-    assert (installed / "LICENSE.torchvision").is_file()
-    for path in (networks / NAME).iterdir():
-        assert (installed / NAME / path.name).read_bytes() == path.read_bytes()
+def test_a_wheel_carries_the_networks_and_predicts_anywhere(package, install_wheel, tmp_path):
+    def add_network(project: Path) -> None:
+        shutil.copytree(package / NAME, project / "fetal_flax" / "networks" / NAME)
+        path = project / "fetal_flax" / "checkpoints" / "shipped.py"
+        source = path.read_text()
+        assert source.count('DEFAULT_NETWORK = "hc18-compact"') == 1
+        path.write_text(source.replace('"hc18-compact"', f'"{NAME}"'))
+
+    wheel = install_wheel(add_network)
+    networks = wheel.folder / "fetal_flax" / "networks"
+    assert (networks / "LICENSE.torchvision").is_file()
+    for path in (package / NAME).iterdir():
+        assert (networks / NAME / path.name).read_bytes() == path.read_bytes()
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     cv2.imwrite(str(elsewhere / "scan.png"), np.zeros((40, 56), np.uint8))
-    program = "import fetal_flax.cli as c; print(c.__file__); raise SystemExit(c.main())"
     flags = ["predict", "--input", "scan.png", "--output", "out", "--pixel-size", "0.2"]
-    ran = subprocess.run(
-        [sys.executable, "-c", program, *flags],
-        cwd=elsewhere,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
-        capture_output=True,
-        text=True,
-    )
+    ran = wheel.run(*flags, cwd=elsewhere)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.startswith(str(tmp_path / "installed"))
     assert (elsewhere / "out" / "measurements.csv").is_file()

@@ -21,7 +21,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fetal_flax import cli
+from fetal_flax.commands.main import main
 from fetal_flax.config import ModelConfig
 from fetal_flax.conversion.convert import from_torch_file
 from fetal_flax.parity.reference import create_reference
@@ -42,7 +42,7 @@ def refused(folder, capsys) -> Callable[..., str]:
     def convert(*flags: str, output: str = "out") -> str:
         """Runs a command that must fail and change nothing, and returns what it prints."""
         before = contents(folder)
-        assert cli.main(["convert", "--output", output, *flags]) == 2
+        assert main(["convert", "--output", output, *flags]) == 2
         printed = capsys.readouterr()
         assert not printed.out
         assert re.fullmatch(r"fetal-flax convert: [^\n]+\n", printed.err)
@@ -59,7 +59,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 def test_the_file_that_these_are_made_from_converts(folder):
     torch.save(STATE, "a.pth")
-    assert cli.main(["convert", "--source", "a.pth", "--output", "out"]) == 0
+    assert main(["convert", "--source", "a.pth", "--output", "out"]) == 0
     assert (folder / "out" / "checkpoints").is_dir()
 
 
@@ -178,7 +178,7 @@ def test_values_that_are_no_weights_are_refused(refused, monkeypatch, kind, valu
 def test_float64_that_float32_can_hold_converts(folder):
     double = {name: tensor.double() for name, tensor in STATE.items()}
     torch.save(double, "a.pth")
-    assert cli.main(["convert", "--source", "a.pth", "--output", "out"]) == 0
+    assert main(["convert", "--source", "a.pth", "--output", "out"]) == 0
 
 
 def test_all_that_is_wrong_is_said_in_one_sentence(refused, monkeypatch):
@@ -286,7 +286,7 @@ def test_members_with_paths_are_never_written(folder, name):
     with zipfile.ZipFile("a.pth", "a") as archive:
         archive.writestr(name, pickle.dumps(CALLS["os.system"], 2))
     beside = set(folder.parent.iterdir())
-    assert cli.main(["convert", "--source", "a.pth", "--output", "out"]) == 0
+    assert main(["convert", "--source", "a.pth", "--output", "out"]) == 0
     assert {path.name for path in folder.iterdir()} == {"a.pth", "out"}
     assert set(folder.parent.iterdir()) == beside and not Path("/evil").exists()
 

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fetal_flax import cli
+from fetal_flax.commands.main import main
 from fetal_flax.config import ModelConfig
 from fetal_flax.conversion.convert import from_torch_file, to_torch_file
 from fetal_flax.conversion.names import ENCODER, IGNORED, TABLES, find, find_inverse
@@ -182,9 +182,9 @@ def test_the_command_converts_the_published_network_and_back(tmp_path, capsys):
     state_dict = create_reference(model).state_dict()
     torch.save({"model_state_dict": state_dict}, tmp_path / "a.pth")
     directory, back = tmp_path / "directory", tmp_path / "back.pth"
-    assert cli.main(["convert", "--source", f"{tmp_path}/a.pth", "--output", f"{directory}"]) == 0
+    assert main(["convert", "--source", f"{tmp_path}/a.pth", "--output", f"{directory}"]) == 0
     flags = ["--source", f"{directory}", "--output", f"{back}", "--to-torch"]
-    assert cli.main(["convert", *flags]) == 0
+    assert main(["convert", *flags]) == 0
     assert capsys.readouterr().out.count("a mobilenet_aspp_se_unet (published)") == 2
     assert_same_state_dict(load_with_torch(back), state_dict)
     shutil.rmtree(tmp_path)  # 0.3 GB, which pytest would keep

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fetal_flax import cli
+from fetal_flax.commands.main import parse
 from fetal_flax.config import TrainConfig
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation.cross_validation import cross_validate, with_fold
@@ -111,5 +111,5 @@ def test_the_flag_fold_takes_five_unless_the_config_says_otherwise(folds_config)
     for settings, fold in ((config, 2), (TrainConfig(), 5), (config, -1)):
         with pytest.raises(InputError, match=r"data\.fold must be"):
             with_fold(settings, fold)
-    command = cli._parse("cross-validate", ["--data.folds", "4"])
+    command = parse("cross-validate", ["--data.folds", "4"])
     assert command.settings.data.folds == 4 and command.settings.name == "phantom"

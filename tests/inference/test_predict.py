@@ -9,8 +9,9 @@ import numpy as np
 import pydicom.data
 import pytest
 
-from fetal_flax import checkpoints, cli
+from fetal_flax import checkpoints
 from fetal_flax.checkpoints import Description
+from fetal_flax.commands.main import main
 from fetal_flax.config import ModelConfig
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
@@ -145,7 +146,7 @@ def test_ages_and_flags_are_told(checkpoint, sees_a_head, tmp_path, capsys):
     output = tmp_path / "out"
     flags = {"checkpoint": checkpoint, "input": source, "output": output, "pixel-size-csv": sizes}
     command = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-    assert cli.main(["predict", *command]) == 0
+    assert main(["predict", *command]) == 0
     assert "look at 1 of them (column flags): b" in capsys.readouterr().out
     rows = measurements(output)
     age = gestational_age(float(rows["a"]["hc_mm"]))
@@ -207,7 +208,7 @@ def test_one_pixel_size_is_taken_for_all_images(checkpoint, sees_a_head, tmp_pat
     shutil.copy(DICOM / "examples_palette.dcm", source / "c.dcm")  # It has a size of its own.
     flags = {"checkpoint": checkpoint, "input": source, "output": tmp_path / "out"}
     command = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-    assert cli.main(["predict", *command, "--pixel-size", "0.5"]) == 0
+    assert main(["predict", *command, "--pixel-size", "0.5"]) == 0
     rows = measurements(tmp_path / "out")
     assert [row["pixel_size_mm"] for row in rows.values()] == ["0.5"] * 3
     sizes = write_sizes(tmp_path / "sizes.csv", a=0.5, b=0.5)
@@ -222,7 +223,7 @@ def test_a_pixel_size_must_be_positive_and_finite(checkpoint, tmp_path, capsys, 
     source = write_images(tmp_path / "in", "a.png")
     flags = {"checkpoint": checkpoint, "input": source, "output": tmp_path / "out"}
     command = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-    assert cli.main(["predict", *command, f"--pixel-size={size}"]) == 2
+    assert main(["predict", *command, f"--pixel-size={size}"]) == 2
     assert "is not a positive number of mm below 1000" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -295,7 +296,7 @@ def test_garbage_is_named_and_the_others_are_processed(checkpoint, tmp_path, cap
     cv2.imwrite(str(source / "rgba.png"), np.stack([noise((40, 56))] * 4, -1))
     output = tmp_path / "out"
     flags = ["--checkpoint", str(checkpoint), "--input", str(source), "--output", str(output)]
-    assert cli.main(["predict", *flags]) == 2
+    assert main(["predict", *flags]) == 2
     assert list(measurements(output)) == ["a", "d", "deep", "rgba"]
     printed = [line for line in capsys.readouterr().err.splitlines() if "fetal-flax" in line]
     assert len(printed) == len(said)

@@ -5,8 +5,9 @@ import cv2
 import numpy as np
 import pytest
 
-from fetal_flax import checkpoints, cli
+from fetal_flax import checkpoints
 from fetal_flax.checkpoints import Description
+from fetal_flax.commands.main import main
 from fetal_flax.config import ModelConfig
 from fetal_flax.inference.segmenter import Predictor
 from fetal_flax.inference.submission import COLUMNS, to_row
@@ -50,7 +51,7 @@ def challenge(tmp_path, monkeypatch) -> Path:
 def run(folder: Path) -> int:
     flags = ("checkpoint", "checkpoint"), ("input", "test_set"), ("pixel-size-csv", "sizes.csv")
     command = [part for flag, name in flags for part in (f"--{flag}", str(folder / name))]
-    return cli.main(["submission", *command, "--output", str(folder / "submission.csv")])
+    return main(["submission", *command, "--output", str(folder / "submission.csv")])
 
 
 def drawn(row: dict[str, str]) -> np.ndarray:

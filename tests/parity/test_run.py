@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fetal_flax import cli
+from fetal_flax.commands.main import main
 from fetal_flax.config import ModelConfig
 from fetal_flax.conversion import convert
 from fetal_flax.parity import reference
@@ -34,7 +34,7 @@ def parity(file, tmp_path):
     def run(*flags: str, reference: Path = file) -> int:
         small = ["--image-size", "32", "48", "--batch-size", "2", "--steps", "2"]
         where = ["--cache-dir", str(tmp_path / "cache"), "--output", str(tmp_path / "report")]
-        return cli.main(["parity", "--reference", str(reference), *small, *where, *flags])
+        return main(["parity", "--reference", str(reference), *small, *where, *flags])
 
     return run
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fetal_flax import checkpoints, cli
+from fetal_flax import checkpoints
 from fetal_flax._util.files import locked
+from fetal_flax.commands.main import main
 from fetal_flax.data.host_loader import WorkerDiedError
 from fetal_flax.data.prefetch import DeviceBatches
 from fetal_flax.errors import InputError, Interrupted, RunError
@@ -107,7 +108,7 @@ def test_the_second_signal_is_not_waited_for():
 @pytest.mark.parametrize(("error", "code"), [(Interrupted("a"), 75), (RunError("a"), 1)])
 def test_a_scheduler_can_tell_a_stop_from_a_failure(error, code, monkeypatch, capsys):
     monkeypatch.setattr(run, "train", lambda *_, **__: raise_(error))
-    assert cli.main(["train"]) == code
+    assert main(["train"]) == code
     assert capsys.readouterr().err == "fetal-flax train: a\n"
 
 
@@ -217,13 +218,13 @@ def test_one_process_is_everywhere():
 
 
 def test_flags_of_several_processes_need_distributed(capsys):
-    assert cli.main(["train", "--process-id", "1"]) == 2
+    assert main(["train", "--process-id", "1"]) == 2
     assert "--distributed" in capsys.readouterr().err
 
 
 def test_a_coordinator_is_asked_for(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr("jax.distributed.initialize", lambda *_: raise_(ValueError("no address")))
-    assert cli.main(["train", "--distributed"]) == 2
+    assert main(["train", "--distributed"]) == 2
     assert "--coordinator HOST:PORT" in capsys.readouterr().err
 
 

@@ -8,10 +8,7 @@ the network's definition, every tap of every kernel counted.
 """
 
 import dataclasses
-import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,11 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
 
 from fetal_flax import checkpoints
-from fetal_flax._util import console
-from fetal_flax._util.machine import available_cpus
 from fetal_flax.config import (
     DataConfig,
     EncoderConfig,
@@ -38,25 +32,9 @@ from fetal_flax.inference.segmenter import Predictor
 from fetal_flax.models import functional
 from fetal_flax.models.complexity import summarize
 from fetal_flax.models.functional import Variables
+from fetal_flax.performance.machine import Machine, measure_machine, peak_bytes, repeat
 from fetal_flax.training.compile import create_programs, create_state
 from fetal_flax.training.sharding import batch_sharding, check_batch_size, create_mesh
-
-_PRODUCT_SIDE, _PRODUCT_SIDE_ON_CPU = 8192, 2048
-_COPY_BYTES = 2**28
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """What was measured on, and its limits."""
-
-    device: str
-    devices: int
-    jax: str
-    python: str
-    product_flops: float
-    """Floating-point operations per second of a matrix product in the network's dtype."""
-    copy_bytes: float
-    """Bytes per second of a copy, read and written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +113,7 @@ def benchmark(
     forward = 2 * parts.total.macs
     # Backward computes two products for each one that learns: by the input and by the kernel.
     learning = 2 * sum(part.macs for part in parts.parts if part.trainable)
-    machine = _machine(model, repeats)
+    machine = measure_machine(jnp.dtype(model.dtype), repeats)
     timings = [
         _measure(_inference(model, variables, image_size, batch), batch, forward, machine, repeats)
         for batch in inference_batches
@@ -143,38 +121,7 @@ def benchmark(
     # Last, for a step consumes the variables.
     training = _training(model, variables, image_size, training_batch)
     timings.append(_measure(training, training_batch, forward + 2 * learning, machine, repeats))
-    return Report(machine, model.title, image_size, tuple(timings), _peak_bytes())
-
-
-def render(report: Report) -> rich.console.Group:
-    """Returns the report for `rich` to print."""
-    machine = report.machine
-    height, width = report.image_size
-    table = console.table(
-        ("", "batch", "ms", "quartiles", "images/s", "compiling", "MB", "roofline")
-    )
-    for timing in report.timings:
-        low, high = (1e3 * second for second in timing.quartiles)
-        temporaries = timing.temporaries_bytes
-        table.add_row(
-            timing.name,
-            str(timing.batch_size),
-            f"{1e3 * timing.seconds:.1f}",
-            f"{low:.0f}–{high:.0f}",
-            f"{timing.images_per_second:.1f}",
-            f"{timing.compile_seconds:.1f} s",
-            "" if temporaries is None else f"{temporaries / 1e6:.0f}",
-            f"{timing.roofline_share:.0%}",
-        )
-    return rich.console.Group(
-        f"{report.network}, {height}×{width}, on {machine.devices} × {machine.device}; "
-        f"jax {machine.jax}, Python {machine.python}",
-        f"matrix product {machine.product_flops / 1e9:,.0f} GFLOP/s, copy "
-        f"{machine.copy_bytes / 1e9:,.1f} GB/s; peak memory {report.peak_bytes / 1e6:,.0f} MB",
-        table,
-        "MB: temporaries on each device, XLA's plan. Roofline: the least time that the network's "
-        "operations need at the rates above, as a share of the time taken.",
-    )
+    return Report(machine, model.title, image_size, tuple(timings), peak_bytes())
 
 
 class _Computation(NamedTuple):
@@ -224,29 +171,6 @@ def _training(
     )
 
 
-def _machine(model: ModelConfig, repeats: int) -> Machine:
-    """Measures the machine's limits on one device."""
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.dtype(model.dtype)
-    side = _PRODUCT_SIDE_ON_CPU if on_cpu else _PRODUCT_SIDE
-    matrix = jnp.ones((side, side), dtype)
-    product = jax.jit(lambda a: a @ a)
-    # The result differs from the argument, so that the copy can't be left out, and takes its place:
-    # in memory that is asked for anew, a CPU's system would be timed, clearing it.
-    line = jnp.ones(_COPY_BYTES // 4, jnp.float32)
-    copy = jax.jit(lambda a: a + 1, donate_argnums=0)
-    product_seconds = _repeat(product, (matrix,), lambda _: (matrix,), repeats)
-    copy_seconds = _repeat(copy, (line,), lambda result: (result,), repeats)
-    return Machine(
-        device=device_name(),
-        devices=jax.device_count(),
-        jax=jax.__version__,
-        python=platform.python_version(),
-        product_flops=2 * side**3 / statistics.median(product_seconds),
-        copy_bytes=2 * line.nbytes / statistics.median(copy_seconds),
-    )
-
-
 def _measure(
     computation: _Computation, batch_size: int, flops: int, machine: Machine, repeats: int
 ) -> Timing:
@@ -255,7 +179,7 @@ def _measure(
     start = time.perf_counter()
     compiled = function.lower(*arguments).compile()
     compile_seconds = time.perf_counter() - start
-    seconds = _repeat(compiled, arguments, following, repeats)
+    seconds = repeat(compiled, arguments, following, repeats)
     median = statistics.median(seconds)
     low, high = np.percentile(seconds, (25, 75))
     memory = compiled.memory_analysis()
@@ -273,41 +197,3 @@ def _measure(
         memory.temp_size_in_bytes if memory else None,
         least / median,
     )
-
-
-def _repeat(
-    call: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    following: Callable[[Any], tuple[Any, ...]],
-    repeats: int,
-) -> list[float]:
-    """Returns the seconds of each repetition, behind one that warms up."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        results = jax.block_until_ready(call(*arguments))
-        seconds.append(time.perf_counter() - start)
-        arguments = following(results)
-    return seconds[1:]
-
-
-def device_name() -> str:
-    """Returns the accelerator's name, or the processor's with the number of its cores."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    cores = f"{available_cpus()} cores"
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.processor()}, {cores}"
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {cores}" if names else f"{platform.machine()}, {cores}"
-
-
-def _peak_bytes() -> int:
-    statistics_of_device = jax.devices()[0].memory_stats()
-    if statistics_of_device and "peak_bytes_in_use" in statistics_of_device:
-        return statistics_of_device["peak_bytes_in_use"]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

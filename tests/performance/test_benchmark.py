@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from fetal_flax import cli
+from fetal_flax.commands.main import main
 
 
 @pytest.mark.slow
@@ -10,7 +10,7 @@ def test_the_figures_fit_together(tmp_path, capsys):
     path = tmp_path / "benchmark.json"
     flags = ["--model.name", "unet", "--model.base-width", "4", "--image-size", "32", "32"]
     flags += ["--inference-batches", "1", "3", "--training-batch", "8", "--repeats", "3"]
-    assert cli.main(["benchmark", *flags, "--output", str(path)]) == 0
+    assert main(["benchmark", *flags, "--output", str(path)]) == 0
     printed = capsys.readouterr().out
     report = json.loads(path.read_text())
     assert (report["network"], report["image_size"]) == ("unet", [32, 32])
@@ -33,8 +33,8 @@ def test_the_figures_fit_together(tmp_path, capsys):
 
 
 def test_a_batch_that_devices_cannot_share_is_one_sentence(capsys, monkeypatch):
-    monkeypatch.setattr("fetal_flax.benchmark._COPY_BYTES", 2**12)
-    monkeypatch.setattr("fetal_flax.benchmark._PRODUCT_SIDE_ON_CPU", 16)
+    monkeypatch.setattr("fetal_flax.performance.machine._COPY_BYTES", 2**12)
+    monkeypatch.setattr("fetal_flax.performance.machine._PRODUCT_SIDE_ON_CPU", 16)
     flags = ["--inference-batches", "--training-batch", "12", "--repeats", "1"]
-    assert cli.main(["benchmark", "--model.name", "unet", *flags]) == 2
+    assert main(["benchmark", "--model.name", "unet", *flags]) == 2
     assert "8 devices" in capsys.readouterr().err

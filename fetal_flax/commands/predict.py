@@ -1,0 +1,65 @@
+"""`fetal-flax predict`: a network on images without annotations."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fetal_flax.config import TestTimeAugmentation
+
+MAX_FLAGGED_SHOWN = 10
+"""How many flagged images are named before the rest is counted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """Segment an image or a folder of images: masks, overlays and measurements of the head."""
+
+    input: Path
+    """Image (PNG, JPEG, BMP, TIFF, DICOM), or folder of images."""
+    output: Path
+    """Folder for the results."""
+    checkpoint: Path | None = None
+    """Training workdir (its best checkpoint), converted directory, or a shipped network's name; by
+    default a shipped network."""
+    pixel_size: float | None = None
+    """Size of a pixel in mm, the same for all images. Without it and the next flag, heads are
+    measured in pixels alone, but for DICOM files, which tell."""
+    pixel_size_csv: Path | None = None
+    """CSV with the columns `filename` and `pixel size(mm)`, as HC18 has it."""
+    tta: TestTimeAugmentation = "none"
+    """Test-time augmentation: `flip` averages each image with its mirror image, and
+    measurements.csv has how far the two are apart."""
+    save_logits: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write logits/NAME.npy too: float32 at the network's size, before the sigmoid."""
+
+    def run(self) -> int:
+        """Segments what can be read; 2 if something could not be."""
+        from fetal_flax.checkpoints import shipped
+        from fetal_flax.inference.predict import predict
+
+        report = predict(
+            self.checkpoint or shipped.default(),
+            self.input,
+            self.output,
+            pixel_size_csv=self.pixel_size_csv,
+            pixel_size_mm=self.pixel_size,
+            save_logits=self.save_logits,
+            tta=self.tta,
+        )
+        for problem in report.failed:
+            print(f"fetal-flax predict: {problem}", file=sys.stderr)
+        print(
+            f"{len(report.predicted)} images segmented; masks, overlays and measurements.csv are "
+            f"in {self.output}"
+        )
+        if report.flagged:
+            named = ", ".join(report.flagged[:MAX_FLAGGED_SHOWN])
+            more = len(report.flagged) - MAX_FLAGGED_SHOWN
+            print(
+                f"look at {len(report.flagged)} of them (column flags): {named}"
+                + (f" and {more} more" if more > 0 else "")
+            )
+        return 2 if report.failed else 0

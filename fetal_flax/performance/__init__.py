@@ -1,0 +1,1 @@
+"""What a machine does with a network, and how near to the machine's limits."""
