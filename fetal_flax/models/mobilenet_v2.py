@@ -70,8 +70,9 @@ class MobileNetV2(nnx.Module):
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> encoder = MobileNetV2(1, rngs=nnx.Rngs(0))
-        >>> [features.shape for features in encoder(jnp.ones((1, 64, 96, 1)))]
+        >>> images = jnp.ones((1, 64, 96, 1))
+        >>> features = nnx.eval_shape(lambda: MobileNetV2(1, rngs=nnx.Rngs(0))(images))
+        >>> [feature.shape for feature in features]
         [(1, 32, 48, 16), (1, 16, 24, 24), (1, 8, 12, 32), (1, 4, 6, 96), (1, 2, 3, 1280)]
     """
 

@@ -36,16 +36,17 @@ def create_model(config: ModelConfig, *, rngs: nnx.Rngs) -> Network:
         InputError: `aspp_width` is no multiple of 32.
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> model = create_model(ModelConfig(name="unet", base_width=4), rngs=nnx.Rngs(0))
-        >>> model(jnp.zeros((1, 32, 48, 1))).shape
-        (1, 32, 48, 1)
+        >>> jax.eval_shape(lambda images: model(images), jnp.zeros((1, 32, 48, 1)))
+        ShapeDtypeStruct(shape=(1, 32, 48, 1), dtype=float32)
 
-        What it holds, without drawing any of it:
+        What the proposed network holds, without drawing any of it:
 
-        >>> shapes = nnx.eval_shape(lambda: create_model(ModelConfig(), rngs=nnx.Rngs(0)))
-        >>> shapes.stage5.up.kernel.shape
+        >>> abstract = nnx.eval_shape(lambda: create_model(ModelConfig(), rngs=nnx.Rngs(0)))
+        >>> abstract.stage5.up.kernel.shape
         (512, 2, 2, 256)
     """
     return NETWORKS[config.name](config, rngs=rngs)
