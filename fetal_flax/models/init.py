@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, UInt32
 
@@ -86,9 +87,12 @@ def _initializer(
     ) -> Array:
         if key is None:
             return jnp.zeros(shape, dtype)
-        if isinstance(key, jax.core.Tracer):
+        if isinstance(key, np.ndarray):
+            seed = key
+        elif isinstance(key, Tracer):
             return in_trace(key, shape, dtype)
-        seed = np.asarray(key if isinstance(key, np.ndarray) else jax.random.key_data(key))
+        else:
+            seed = np.asarray(jax.random.key_data(key))
         # jnp.asarray would compile a program for each shape.
         return jax.device_put(on_host(np.random.default_rng(seed), shape).astype(dtype))
 
