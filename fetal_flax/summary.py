@@ -9,7 +9,7 @@ from fetal_flax._util import console
 from fetal_flax.config import ModelConfig
 from fetal_flax.errors import InputError
 from fetal_flax.models.complexity import DESCRIPTION, Part, Summary, summarize
-from fetal_flax.models.unet import NETWORKS
+from fetal_flax.models.registry import NETWORKS
 
 CONFIGS = (
     (ModelConfig(variant="described"), False),

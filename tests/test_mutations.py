@@ -61,10 +61,10 @@ MUTATIONS = {
         "fetal_flax/models/aspp.py", "epsilon=1e-5", "epsilon=1e-6", (*BLOCKS, "aspp_without")
     ),
     "two values a group in the pooled branch": Mutation(
-        "fetal_flax/models/unet.py",
+        "fetal_flax/models/mobilenet_aspp_se_unet.py",
         "pool_groups=8,",
         "pool_groups=32,",
-        ("tests/models/test_networks.py", "-k", "pooled_branch"),
+        ("tests/models/test_mobilenet_aspp_se_unet.py", "-k", "pooled_branch"),
     ),
     "a separable convolution without its dilation": Mutation(
         "fetal_flax/models/layers.py",
@@ -85,7 +85,7 @@ MUTATIONS = {
         (*BLOCKS, "residual_se"),
     ),
     "skip and upsampled map exchanged": Mutation(
-        "fetal_flax/models/unet.py",
+        "fetal_flax/models/decoder.py",
         "(skip, x) if self.skip_first else (x, skip)",
         "(x, skip) if self.skip_first else (skip, x)",
         NETWORK,

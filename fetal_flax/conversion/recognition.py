@@ -15,7 +15,7 @@ from fetal_flax.errors import InputError, printable
 from fetal_flax.models import functional
 from fetal_flax.models.aspp import WIDTH_UNIT
 from fetal_flax.models.functional import Variables
-from fetal_flax.models.unet import VARIANTS
+from fetal_flax.models.mobilenet_aspp_se_unet import VARIANTS
 
 STEM = "features.0.0.weight"
 """First kernel of torchvision's file."""

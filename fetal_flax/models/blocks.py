@@ -12,6 +12,9 @@ from fetal_flax.models.layers import BatchNorm, Conv, FeatureMap, SeparableConv
 class ConvNorm(nnx.Module):
     """Convolution without bias, then batch norm; the caller applies the activation.
 
+    From (batch, height, width, inputs) to (batch, height / stride, width / stride, outputs), sides
+    rounded up. Batch norm is torch's (`layers.BatchNorm`; Ioffe and Szegedy, ICML 2015).
+
     Args:
         inputs: Input channels.
         outputs: Output channels.
@@ -20,6 +23,13 @@ class ConvNorm(nnx.Module):
         rngs: Source of the `params` stream.
         conv: Further arguments of `Conv`: stride, dilation, depthwise, kernel_init; of
             `SeparableConv`: dilation.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> block = ConvNorm(3, 8, 3, stride=2, rngs=nnx.Rngs(0))
+        >>> block(jnp.ones((1, 32, 48, 3))).shape
+        (1, 16, 24, 8)
     """
 
     def __init__(
@@ -36,7 +46,7 @@ class ConvNorm(nnx.Module):
         self.conv: Conv | SeparableConv = kind(inputs, outputs, size, rngs=rngs, **conv)
         self.norm: BatchNorm | None = BatchNorm(outputs)
 
-    def __call__(self, *maps: FeatureMap, train: bool) -> FeatureMap:
+    def __call__(self, *maps: FeatureMap, train: bool | None = None) -> FeatureMap:
         y = self.conv(*maps)
         if self.norm is None:
             assert not train, "a folded batch norm has no batch statistics"
@@ -47,34 +57,52 @@ class ConvNorm(nnx.Module):
 class DoubleConv(nnx.Module):
     """(3×3 convolution, batch norm, ReLU) twice (Ronneberger et al. 2015, with batch norm).
 
+    From (batch, height, width, inputs) to (batch, height, width, outputs). Several maps are
+    concatenated first.
+
     Args:
-        inputs: Input channels.
+        inputs: Input channels, of all maps together.
         outputs: Output channels.
         rngs: Source of the `params` stream.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> DoubleConv(1, 8, rngs=nnx.Rngs(0))(jnp.ones((1, 32, 48, 1))).shape
+        (1, 32, 48, 8)
     """
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.first = ConvNorm(inputs, outputs, 3, rngs=rngs)
         self.second = ConvNorm(outputs, outputs, 3, rngs=rngs)
 
-    def __call__(self, *maps: FeatureMap, train: bool) -> FeatureMap:
+    def __call__(self, *maps: FeatureMap, train: bool | None = None) -> FeatureMap:
         x = nnx.relu(self.first(*maps, train=train))
         return nnx.relu(self.second(x, train=train))
 
 
 class SqueezeExcite(nnx.Module):
-    """Channel attention (Hu et al., CVPR 2018; description, section 3.2).
+    """Channel attention (Hu et al., CVPR 2018, section 3; description, section 3.2).
+
+    From (batch, height, width, channels) to the same shape.
 
     Args:
         channels: Channels of the map.
         bias: Whether the two dense layers have a bias (published code) or not (description).
+        reduction: How many channels share one hidden unit; the paper's r.
         rngs: Source of the `params` stream.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> attention = SqueezeExcite(64, rngs=nnx.Rngs(0))
+        >>> x = jnp.ones((2, 8, 8, 64))
+        >>> attention(x).shape, attention.weights(x).shape
+        ((2, 8, 8, 64), (2, 64))
     """
 
-    reduction = 16
-
-    def __init__(self, channels: int, *, bias: bool, rngs: nnx.Rngs):
-        hidden = max(channels // self.reduction, 1)
+    def __init__(self, channels: int, *, bias: bool = False, reduction: int = 16, rngs: nnx.Rngs):
+        hidden = max(channels // reduction, 1)
         self.squeeze = _dense(channels, hidden, bias, rngs)
         self.excite = _dense(hidden, channels, bias, rngs)
 
@@ -92,15 +120,25 @@ class ResidualSEBlock(nnx.Module):
     """Two convolutions, squeeze-excite and a shortcut (description, section 3.3).
 
     The description puts the second ReLU before the squeeze-excite and none behind the sum; the
-    published code puts it behind the sum.
+    published code puts it behind the sum. From (batch, height, width, inputs) to (batch, height,
+    width, outputs); several maps are concatenated first.
 
     Args:
-        inputs: Input channels.
-        outputs: Output channels.
+        inputs: Input channels, of all maps together.
+        outputs: Output channels; where they equal the inputs, there is one map and the shortcut
+            is that map itself.
         relu_after_sum: The published order instead of the described one.
         se_bias: Whether the squeeze-excite has biases.
         separable: Whether the two convolutions are separable.
         rngs: Source of the `params` stream.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> block = ResidualSEBlock(48, 32, rngs=nnx.Rngs(0))
+        >>> upsampled, skip = jnp.ones((1, 16, 16, 32)), jnp.ones((1, 16, 16, 16))
+        >>> block(upsampled, skip).shape
+        (1, 16, 16, 32)
     """
 
     def __init__(
@@ -108,8 +146,8 @@ class ResidualSEBlock(nnx.Module):
         inputs: int,
         outputs: int,
         *,
-        relu_after_sum: bool,
-        se_bias: bool,
+        relu_after_sum: bool = False,
+        se_bias: bool = False,
         separable: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -119,7 +157,7 @@ class ResidualSEBlock(nnx.Module):
         self.shortcut = None if inputs == outputs else ConvNorm(inputs, outputs, 1, rngs=rngs)
         self.relu_after_sum = relu_after_sum
 
-    def __call__(self, *maps: FeatureMap, train: bool) -> FeatureMap:
+    def __call__(self, *maps: FeatureMap, train: bool | None = None) -> FeatureMap:
         y = nnx.relu(self.first(*maps, train=train))
         y = self.second(y, train=train)
         if not self.relu_after_sum:

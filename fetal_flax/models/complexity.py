@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from fetal_flax.config import ModelConfig
 from fetal_flax.models import functional
+from fetal_flax.models.interface import Logits
 from fetal_flax.models.layers import Conv, FeatureMap, UpConv
-from fetal_flax.models.unet import Logits
 
 DESCRIPTION = {
     "parameters": 3_403_809,

@@ -22,8 +22,10 @@ from fetal_flax.models.convolution import (
     plain_convolution,
     up_convolution_3x3,
 )
+from fetal_flax.models.decoder import PlainStage, SEStage
 from fetal_flax.models.layers import Conv, SeparableConv, UpConv, per_channel
-from fetal_flax.models.unet import MobileNetASPPSEUNet, Network, PlainStage, SEStage
+from fetal_flax.models.mobilenet_aspp_se_unet import MobileNetASPPSEUNet
+from fetal_flax.models.registry import Network
 
 
 def fold(network: Network) -> None:

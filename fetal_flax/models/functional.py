@@ -14,8 +14,10 @@ from jaxtyping import Array
 from fetal_flax.config import ModelConfig
 from fetal_flax.models import folding
 from fetal_flax.models.init import HostRngs
+from fetal_flax.models.interface import EncoderFeatures, Logits, as_input
 from fetal_flax.models.layers import FeatureMap
-from fetal_flax.models.unet import EncoderFeatures, Logits, Network, UNet, as_input, create_network
+from fetal_flax.models.registry import Network, create_model
+from fetal_flax.models.unet import UNet
 
 Arrays = dict[str, Array]
 
@@ -32,7 +34,7 @@ class Variables(NamedTuple):
 
 def create(config: ModelConfig, seed: int | None) -> Network:
     """Returns a freshly initialised network, as the module that it is; None draws nothing."""
-    return create_network(config, rngs=cast(nnx.Rngs, HostRngs(seed)))
+    return create_model(config, rngs=cast(nnx.Rngs, HostRngs(seed)))
 
 
 def init(config: ModelConfig, seed: int) -> Variables:

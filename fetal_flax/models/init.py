@@ -1,7 +1,9 @@
-"""PyTorch's initial distributions, drawn on the host.
+"""PyTorch's initial distributions, as Flax initializers.
 
-Compiled, the 150 draws of a network cost XLA about 17 s on a CPU before the first step; NumPy
-needs none of it, and gives the same numbers whatever the device.
+Given a key that has a value they draw on the host: compiled, the 150 draws of a network cost XLA
+about 17 s on a CPU before the first step; NumPy needs none of it, and gives the same numbers
+whatever the device. Given a key that is traced, as in `nnx.jit` or `nnx.vmap` around a
+constructor, they draw by `jax.random`: the same distribution, other numbers.
 """
 
 import itertools
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, UInt32
 
@@ -24,7 +27,10 @@ def torch_uniform(fan_in: int) -> nnx.Initializer:
         fan_in: Inputs that one output sums over; draws are from U(-1/√fan_in, 1/√fan_in).
     """
     limit = fan_in**-0.5
-    return _host(lambda generator, shape: generator.uniform(-limit, limit, shape))
+    return _initializer(
+        lambda generator, shape: generator.uniform(-limit, limit, shape),
+        lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -limit, limit),
+    )
 
 
 def he_normal_fan_out(fan_out: int) -> nnx.Initializer:
@@ -34,7 +40,10 @@ def he_normal_fan_out(fan_out: int) -> nnx.Initializer:
         fan_out: Outputs that one input reaches; draws are from N(0, 2/fan_out).
     """
     deviation = (2 / fan_out) ** 0.5
-    return _host(lambda generator, shape: generator.normal(0, deviation, shape))
+    return _initializer(
+        lambda generator, shape: generator.normal(0, deviation, shape),
+        lambda key, shape, dtype: deviation * jax.random.normal(key, shape, dtype),
+    )
 
 
 class HostRngs:
@@ -69,14 +78,22 @@ def _fold_in(key: Array, counts: Array) -> Array:
     return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, counts))
 
 
-def _host(draw: Callable[[np.random.Generator, Sequence[int]], np.ndarray]) -> nnx.Initializer:
+def _initializer(
+    on_host: Callable[[np.random.Generator, Sequence[int]], np.ndarray],
+    in_trace: Callable[[Array, Sequence[int], DTypeLike], Array],
+) -> nnx.Initializer:
     def initialize(
         key: np.ndarray | Array | None, shape, dtype: DTypeLike = np.float32, out_sharding=None
     ) -> Array:
         if key is None:
             return jnp.zeros(shape, dtype)
-        seed = np.asarray(key if isinstance(key, np.ndarray) else jax.random.key_data(key))
+        if isinstance(key, np.ndarray):
+            seed = key
+        elif isinstance(key, Tracer):
+            return in_trace(key, shape, dtype)
+        else:
+            seed = np.asarray(jax.random.key_data(key))
         # jnp.asarray would compile a program for each shape.
-        return jax.device_put(draw(np.random.default_rng(seed), shape).astype(dtype))
+        return jax.device_put(on_host(np.random.default_rng(seed), shape).astype(dtype))
 
     return initialize

@@ -1,6 +1,8 @@
 """Layers with PyTorch's meaning where Flax's own differ.
 
 All maps are NHWC. Parameters are float32; a layer computes in the dtype of the map it is given.
+Layers and blocks that train otherwise than they evaluate take `train` in the call; None is what
+`train()` or `eval()` of the module have set last, and a new module begins in evaluation.
 """
 
 import jax
@@ -26,10 +28,11 @@ class Conv(nnx.Module):
 
     Flax's SAME pads an even map (0, 1) at stride 2, which gives the same shape and other numbers.
     Several maps are concatenated first. Convolved by shares of the kernel and added, they would
-    cost a training step 4 to 7 % on a CPU.
+    cost a training step 4 to 7 % on a CPU. From (batch, height, width, inputs) to (batch,
+    height / stride, width / stride, outputs), sides rounded up.
 
     Args:
-        inputs: Input channels.
+        inputs: Input channels, of all maps together.
         outputs: Output channels.
         size: Kernel height and width, odd.
         stride: Step in both directions.
@@ -38,6 +41,12 @@ class Conv(nnx.Module):
         bias: Whether a bias is added.
         kernel_init: What the kernel is drawn from; None is torch's default.
         rngs: Source of the `params` stream.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> Conv(3, 8, 3, stride=2, rngs=nnx.Rngs(0))(jnp.ones((1, 32, 48, 3))).shape
+        (1, 16, 24, 8)
     """
 
     def __init__(
@@ -77,14 +86,20 @@ class SeparableConv(nnx.Module):
     """A depthwise convolution and a 1×1 convolution, nothing between (Chollet, CVPR 2017).
 
     For 9 · inputs + inputs · outputs weights it sees what a 3×3 convolution of 9 · inputs · outputs
-    sees.
+    sees. From (batch, height, width, inputs) to (batch, height, width, outputs).
 
     Args:
-        inputs: Input channels.
+        inputs: Input channels, of all maps together.
         outputs: Output channels.
         size: Height and width of the depthwise kernel, odd.
         dilation: Distance between its taps.
         rngs: Source of the `params` stream.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> SeparableConv(16, 8, 3, dilation=6, rngs=nnx.Rngs(0))(jnp.ones((1, 8, 8, 16))).shape
+        (1, 8, 8, 8)
     """
 
     def __init__(self, inputs: int, outputs: int, size: int, *, dilation: int = 1, rngs: nnx.Rngs):
@@ -98,12 +113,19 @@ class SeparableConv(nnx.Module):
 class UpConv(nnx.Module):
     """Transposed convolution, 2×2 with stride 2: doubles height and width.
 
-    Windows do not overlap, so it is one matrix product per input pixel and a reshape.
+    Windows do not overlap, so it is one matrix product per input pixel and a reshape. From (batch,
+    height, width, inputs) to (batch, 2·height, 2·width, outputs).
 
     Args:
         inputs: Input channels.
         outputs: Output channels.
         rngs: Source of the `params` stream.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> UpConv(16, 8, rngs=nnx.Rngs(0))(jnp.ones((1, 8, 12, 16))).shape
+        (1, 16, 24, 8)
     """
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
@@ -175,10 +197,25 @@ class BatchNorm(nnx.Module):
     unbiased batch variance, while the map is normalised with the biased one. Flax differs in the
     momentum's default and feeds the biased variance. Statistics are taken in at least float32,
     the variance about the mean and not as E[x²] − E[x]², which loses digits. Over a batch that is
-    sharded under `jax.jit` the means are global.
+    sharded under `jax.jit` the means are global. From (batch, height, width, channels) to the same
+    shape.
 
     Args:
         channels: Channels of the map.
+
+    Raises:
+        InputError: A call in training has one value per channel, which has no variance.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> norm = BatchNorm(2)
+        >>> x = jnp.array([0.0, 4.0, 2.0, 4.0]).reshape(1, 1, 2, 2)
+        >>> norm.train()
+        >>> norm(x).round(3)
+        Array([[[[-1.,  0.],
+                 [ 1.,  0.]]]], dtype=float32)
+        >>> norm.mean[...], norm.var[...]
+        (Array([0.1, 0.4], dtype=float32), Array([1.1, 0.9], dtype=float32))
     """
 
     momentum = 0.1
@@ -190,8 +227,21 @@ class BatchNorm(nnx.Module):
         self.bias = nnx.Param(jax.device_put(zeros))
         self.mean = nnx.BatchStat(jax.device_put(zeros))
         self.var = nnx.BatchStat(jax.device_put(ones))
+        # What nnx.Module.train and eval set, by this name.
+        self.use_running_average = True
 
-    def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Serves `nnx.view`, which makes a module that trains beside one that evaluates.
+
+        Args:
+            use_running_average: Whether a call without `train` evaluates; None leaves that as is.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def __call__(self, x: FeatureMap, *, train: bool | None = None) -> FeatureMap:
+        if train is None:
+            train = not self.use_running_average
         if train:
             y, mean, var = normalize(x, self.scale[...], self.bias[...])
             self._update_running(mean, var, count=x.size // x.shape[-1])

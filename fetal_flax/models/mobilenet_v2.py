@@ -19,10 +19,14 @@ STAGES = (
 STEM_CHANNELS = 32
 OUT_INDICES = (1, 3, 6, 13, 18)  # blocks whose output the decoder uses: strides 2, 4, 8, 16, 32
 OUT_CHANNELS = (16, 24, 32, 96, 1280)
+SKIP_CHANNELS = OUT_CHANNELS[3::-1]  # strides 16, 8, 4, 2: a decoder's skips, deepest first
 
 
 class InvertedResidual(nnx.Module):
     """1×1 expansion, 3×3 depthwise, linear 1×1 projection; a shortcut where shapes agree.
+
+    Section 3.3 of the paper. From (batch, height, width, inputs) to (batch, height / stride,
+    width / stride, outputs), sides rounded up.
 
     Args:
         inputs: Input channels.
@@ -30,6 +34,13 @@ class InvertedResidual(nnx.Module):
         stride: Of the depthwise convolution.
         expansion: Factor on the inputs; 1 leaves the expansion out.
         rngs: Source of the `params` stream.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> block = InvertedResidual(16, 24, 2, 6, rngs=nnx.Rngs(0))
+        >>> block(jnp.ones((1, 32, 48, 16))).shape
+        (1, 16, 24, 24)
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int, *, rngs: nnx.Rngs):
@@ -39,7 +50,7 @@ class InvertedResidual(nnx.Module):
         self.project = _conv_norm(hidden, outputs, 1, rngs)
         self.residual = stride == 1 and inputs == outputs
 
-    def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
+    def __call__(self, x: FeatureMap, *, train: bool | None = None) -> FeatureMap:
         y = x if self.expand is None else nnx.relu6(self.expand(x, train=train))
         y = nnx.relu6(self.depthwise(y, train=train))
         y = self.project(y, train=train)
@@ -49,9 +60,20 @@ class InvertedResidual(nnx.Module):
 class MobileNetV2(nnx.Module):
     """Stem, 17 inverted residuals and the last 1×1 convolution: blocks 0 to 18.
 
+    Table 2 of the paper up to its pooling. From images (batch, height, width, channels) to five
+    maps of strides 2, 4, 8, 16 and 32 with 16, 24, 32, 96 and 1280 channels, sides rounded up.
+
     Args:
         channels: Image channels.
         rngs: Source of the `params` stream.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> images = jnp.ones((1, 64, 96, 1))
+        >>> features = nnx.eval_shape(lambda: MobileNetV2(1, rngs=nnx.Rngs(0))(images))
+        >>> [feature.shape for feature in features]
+        [(1, 32, 48, 16), (1, 16, 24, 24), (1, 8, 12, 32), (1, 4, 6, 96), (1, 2, 3, 1280)]
     """
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
@@ -65,7 +87,7 @@ class MobileNetV2(nnx.Module):
         blocks.append(_conv_norm(inputs, OUT_CHANNELS[-1], 1, rngs))
         self.blocks = nnx.List(blocks)
 
-    def __call__(self, x: FeatureMap, *, train: bool) -> list[FeatureMap]:
+    def __call__(self, x: FeatureMap, *, train: bool | None = None) -> list[FeatureMap]:
         """Returns the maps after `OUT_INDICES`, from stride 2 to stride 32."""
         taps = []
         for index, block in enumerate(self.blocks):

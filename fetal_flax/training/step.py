@@ -17,7 +17,7 @@ from fetal_flax.data.batch import Batch
 from fetal_flax.data.photometric import apply_photometric
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Arrays, Variables
-from fetal_flax.models.unet import EncoderFeatures
+from fetal_flax.models.interface import EncoderFeatures
 from fetal_flax.training.losses import dice_bce_loss, hard_dice
 from fetal_flax.training.optimizer import (
     FROZEN,

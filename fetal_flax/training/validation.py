@@ -16,7 +16,7 @@ from fetal_flax.data.prefetch import DeviceBatches, prefetch_to_device
 from fetal_flax.errors import Interrupted
 from fetal_flax.measurement.ellipse_overlap import ellipse_dice
 from fetal_flax.models.functional import Variables
-from fetal_flax.models.unet import EncoderFeatures
+from fetal_flax.models.interface import EncoderFeatures
 from fetal_flax.training.distributed import shard
 from fetal_flax.training.interruption import Interruption
 from fetal_flax.training.setup import Setup

@@ -1,7 +1,7 @@
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from fetal_flax.conversion.encoder_weights import read_encoder
 from fetal_flax.conversion.names import IGNORED, TABLES, find
 from fetal_flax.models.aspp import ASPP
 from fetal_flax.models.blocks import DoubleConv, ResidualSEBlock, SqueezeExcite, max_pool
-from fetal_flax.models.init import HostRngs
 from fetal_flax.models.mobilenet_v2 import OUT_INDICES, InvertedResidual, MobileNetV2
 from fetal_flax.parity import reference
 
@@ -210,7 +209,7 @@ def encoder(torchvision_network) -> tuple[MobileNetV2, nnx.State, nn.Sequential]
     """Our encoder, its state as the conversion reads it, and torchvision's."""
     theirs, path = torchvision_network
     read = read_encoder(path, ModelConfig(in_channels=3))
-    ours = nnx.eval_shape(lambda: MobileNetV2(3, rngs=cast(nnx.Rngs, HostRngs(0))))
+    ours = nnx.eval_shape(lambda: MobileNetV2(3, rngs=nnx.Rngs(0)))
     arrays = {}
     for name, array in (read.params | read.batch_stats).items():
         _, *place = name.split("/")
