@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fetal_flax"
-EVERYWHERE = {"errors", "config", "_util"}
+EVERYWHERE = {"errors", "config", "config_rules", "_util"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
+    "config_rules": set(),
     "_util": set(),
     "measurement": set(),
     "models": set(),
