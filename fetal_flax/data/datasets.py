@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
-from fetal_flax._util.files import locked
+from fetal_flax._util.locks import locked
 from fetal_flax._util.machine import (
     MISSING_GUARD,
     require_main_guard,
