@@ -19,7 +19,7 @@ import numpy as np
 import skimage.measure
 
 from fetal_flax.data import hc18
-from fetal_flax.data.phantom import make_phantom
+from fetal_flax.data.phantoms import make_phantom
 from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.measurement.ellipse_overlap import ellipse_metrics
 from fetal_flax.measurement.head import (

@@ -25,7 +25,7 @@ from timing import median_with_quartiles, normalised_max_difference, time_interl
 from fetal_flax.config import EncoderConfig, TrainConfig
 from fetal_flax.data.batch import Batch
 from fetal_flax.data.images import resize_image, resize_mask
-from fetal_flax.data.phantom import make_phantom
+from fetal_flax.data.phantoms import make_phantom
 from fetal_flax.models import functional
 from fetal_flax.models.convolution import compiler_options
 from fetal_flax.models.functional import Variables

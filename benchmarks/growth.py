@@ -25,7 +25,7 @@ from fetal_flax.data.device_loader import gather_batch, load_device_dataset, tra
 from fetal_flax.data.host_loader import training_batches
 from fetal_flax.data.images import encode_png
 from fetal_flax.data.order import TrainingOrder, split_into_calls
-from fetal_flax.data.phantom import make_phantom
+from fetal_flax.data.phantoms import make_phantom
 from fetal_flax.inference.segmenter import Predictor
 from fetal_flax.models import functional
 from fetal_flax.training.compile import create_programs, create_state

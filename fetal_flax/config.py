@@ -3,89 +3,31 @@
 `configs/NAME.py` return a `TrainConfig`; the command line overrides single fields
 (`--optimizer.learning-rate 1e-4`); the run writes the result to its workdir and into its
 checkpoints as JSON. Sections refer to the written description of the network
-(docs/architecture.md says where it contradicts itself).
+(docs/architecture.md says where it contradicts itself). Which values a setting may take is in
+`config_rules.py`.
 """
 
 import dataclasses
-import os
-import types
-import typing
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from fetal_flax.errors import InputError, printable
+from fetal_flax.config_rules import check, from_dict, to_dict
 
-Config = typing.TypeVar("Config")
+__all__ = [
+    "AugmentationConfig",
+    "DataConfig",
+    "EncoderConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "TestTimeAugmentation",
+    "TrainConfig",
+    "from_dict",
+    "to_dict",
+]
+
 TestTimeAugmentation = Literal["none", "flip"]
 """How often the network sees an image: once, or its mirror image too."""
-
-
-_LARGEST_COUNT = 2**31 - 1
-_FLOAT32 = (1.2e-38, 3.4e38)  # Smallest normal and largest; XLA takes what is smaller for 0.
-_LONGEST_TEXT = 1000
-_LARGEST_SIDE = 4096  # Of an image in pixels.
-_MOST_CHANNELS = 4096
-_MOST_WORKERS = 1024
-
-
-def _require(condition: bool, field: str, rule: str, value: object) -> None:
-    if not condition:
-        raise InputError(f"setting {field} must be {rule}, not {printable(repr(value))}")
-
-
-def _require_home(field: str, path: str) -> None:
-    """Refuses the home of a user that this machine doesn't know."""
-    unknown = path.startswith("~") and path[1:2] not in ("", "/")
-    unknown = unknown and os.path.expanduser(path) == path
-    _require(not unknown, field, "a path in the home of a user who exists", path)
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """Returns `value` as the type `hint` asks for, or raises InputError naming `path`."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(hint, type) and type(value) is hint and dataclasses.is_dataclass(hint):
-        return value
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_dict(typing.cast(type, hint), value, path=path)
-    # True == 1 == 1.0, so equality alone is not enough.
-    if origin is Literal and any(type(value) is type(a) and value == a for a in arguments):
-        return value
-    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
-        return tuple(_convert(h, v, path) for h, v in zip(arguments, value, strict=True))
-    if origin in (typing.Union, types.UnionType):
-        for alternative in arguments:
-            try:
-                return _convert(alternative, value, path)
-            except InputError:
-                continue
-    if hint is types.NoneType and value is None:
-        return None
-    if hint is float and type(value) is int and abs(value) < _FLOAT32[1]:
-        return float(value)
-    if hint in (int, float, str, bool) and type(value) is hint:
-        return value
-    raise InputError(f"{path} can't be {printable(repr(value))}: expected {hint}")
-
-
-def _check(section: Any, path: str = "") -> None:
-    """Refuses a value of another type than its field's, and one that no field can use.
-
-    A `configs/NAME.py` may set anything, and each comparison with NaN, infinity or a number that
-    float32 doesn't hold may succeed.
-    """
-    for name, hint in typing.get_type_hints(type(section)).items():
-        value, field = getattr(section, name), path + name
-        _convert(hint, value, field)
-        for part in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(part, str):
-                usable = part.isprintable() and len(part) <= _LONGEST_TEXT
-                _require(usable, field, f"printable and up to {_LONGEST_TEXT} characters", part)
-            elif isinstance(part, float):
-                usable = part == 0 or _FLOAT32[0] <= abs(part) <= _FLOAT32[1]
-                _require(usable, field, "a finite number that float32 holds", part)
-            elif isinstance(part, int) and name != "seed":
-                usable = abs(part) <= _LARGEST_COUNT
-                _require(usable, field, f"at most {_LARGEST_COUNT}", part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,21 +53,7 @@ class ModelConfig:
     """Dtype of the convolutions; parameters, statistics, loss and metrics stay float32."""
 
     def __post_init__(self) -> None:
-        _check(self, "model.")
-        _require(self.in_channels in (1, 3), "model.in_channels", "1 or 3", self.in_channels)
-        _require(
-            self.aspp_width is None or 1 <= self.aspp_width <= _MOST_CHANNELS,
-            "model.aspp_width",
-            f"1 to {_MOST_CHANNELS} channels or None",
-            self.aspp_width,
-        )
-        _require(0 <= self.dropout < 1, "model.dropout", "in [0, 1)", self.dropout)
-        _require(
-            1 <= self.base_width <= _MOST_CHANNELS,
-            "model.base_width",
-            f"1 to {_MOST_CHANNELS} channels",
-            self.base_width,
-        )
+        check(self, "model")
 
     @property
     def title(self) -> str:
@@ -154,10 +82,7 @@ class EncoderConfig:
     statistics and keep them, or with the batch's and drift, as the published code does."""
 
     def __post_init__(self) -> None:
-        _check(self, "encoder.")
-        _require_home("encoder.weights", self.weights)
-        _require(bool(self.weights), "encoder.weights", "a name, a path or 'none'", self.weights)
-        _require(self.learning_rate > 0, "encoder.learning_rate", "positive", self.learning_rate)
+        check(self, "encoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,49 +125,7 @@ class DataConfig:
     (200 images of 256×256: 444 MB in all), which are the same in every epoch; 0 keeps none."""
 
     def __post_init__(self) -> None:
-        _check(self, "data.")
-        _require_home("data.data_dir", self.data_dir or "")
-        _require_home("data.cache_dir", self.cache_dir)
-        _require(
-            all(32 <= side <= _LARGEST_SIDE for side in self.image_size),
-            "data.image_size",
-            f"a height and a width of 32 to {_LARGEST_SIDE}",
-            self.image_size,
-        )
-        _require(
-            0 < self.validation_fraction < 1,
-            "data.validation_fraction",
-            "between 0 and 1",
-            self.validation_fraction,
-        )
-        _require(self.folds == 0 or self.folds >= 2, "data.folds", "0 or at least 2", self.folds)
-        _require(0 <= self.fold < max(self.folds, 1), "data.fold", "below data.folds", self.fold)
-        _require(self.phantom_count >= 2, "data.phantom_count", "at least 2", self.phantom_count)
-        _require(
-            all(64 <= side <= _LARGEST_SIDE for side in self.phantom_size),
-            "data.phantom_size",
-            f"a height and a width of 64 to {_LARGEST_SIDE}",
-            self.phantom_size,
-        )
-        _require(
-            self.steps_per_dispatch is None or self.steps_per_dispatch >= 1,
-            "data.steps_per_dispatch",
-            "at least 1",
-            self.steps_per_dispatch,
-        )
-        _require(
-            self.workers is None or 0 <= self.workers <= _MOST_WORKERS,
-            "data.workers",
-            f"0 to {_MOST_WORKERS} or None",
-            self.workers,
-        )
-        _require(self.prefetch >= 1, "data.prefetch", "at least 1", self.prefetch)
-        _require(
-            self.keep_validation_mb >= 0,
-            "data.keep_validation_mb",
-            "at least 0",
-            self.keep_validation_mb,
-        )
+        check(self, "data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,23 +161,7 @@ class AugmentationConfig:
     speckle and shadow."""
 
     def __post_init__(self) -> None:
-        _check(self, "augmentation.")
-        for field in ("flip_probability", "affine_probability", "photometric_probability"):
-            value = getattr(self, field)
-            _require(0 <= value <= 1, f"augmentation.{field}", "in [0, 1]", value)
-        limits = {
-            "rotation_degrees": 180,
-            "scale": 0.9,
-            "translation": 1,
-            "gain": 1,
-            "gamma": 4,
-            "blur_px": 3,
-            "speckle": 1,
-            "shadow": 1,
-        }
-        for field, limit in limits.items():
-            value = getattr(self, field)
-            _require(0 <= value <= limit, f"augmentation.{field}", f"in [0, {limit}]", value)
+        check(self, "augmentation")
 
     @property
     def photometric(self) -> bool:
@@ -321,23 +188,7 @@ class LossConfig:
     """Whether Dice is computed per image and averaged, or once over the batch."""
 
     def __post_init__(self) -> None:
-        _check(self, "loss.")
-        _require(self.dice_weight >= 0, "loss.dice_weight", "0 or more", self.dice_weight)
-        _require(self.bce_weight >= 0, "loss.bce_weight", "0 or more", self.bce_weight)
-        _require(
-            self.dice_weight + self.bce_weight > 0,
-            "loss.dice_weight + loss.bce_weight",
-            "positive",
-            0,
-        )
-        _require(self.smoothing > 0, "loss.smoothing", "positive", self.smoothing)
-        _require(
-            self.pos_weight == "auto"
-            or (not isinstance(self.pos_weight, str) and self.pos_weight > 0),
-            "loss.pos_weight",
-            "a positive number or 'auto'",
-            self.pos_weight,
-        )
+        check(self, "loss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,12 +207,7 @@ class OptimizerConfig:
     """L2 coefficient, added to the gradient before the moments; this is not AdamW."""
 
     def __post_init__(self) -> None:
-        _check(self, "optimizer.")
-        _require(self.learning_rate > 0, "optimizer.learning_rate", "positive", self.learning_rate)
-        _require(0 <= self.beta1 < 1, "optimizer.beta1", "in [0, 1)", self.beta1)
-        _require(0 <= self.beta2 < 1, "optimizer.beta2", "in [0, 1)", self.beta2)
-        _require(self.epsilon > 0, "optimizer.epsilon", "positive", self.epsilon)
-        _require(self.l2 >= 0, "optimizer.l2", "0 or more", self.l2)
+        check(self, "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,33 +247,7 @@ class ScheduleConfig:
     it and its batch saved, or change nothing and be counted."""
 
     def __post_init__(self) -> None:
-        _check(self, "schedule.")
-        _require(self.epochs >= 1, "schedule.epochs", "at least 1", self.epochs)
-        _require(self.batch_size >= 1, "schedule.batch_size", "at least 1", self.batch_size)
-        _require(
-            0 <= self.warmup_epochs <= self.epochs,
-            "schedule.warmup_epochs",
-            "0 to schedule.epochs",
-            self.warmup_epochs,
-        )
-        _require(
-            0 <= self.average_decay < 1, "schedule.average_decay", "in [0, 1)", self.average_decay
-        )
-        _require(0 < self.factor < 1, "schedule.factor", "between 0 and 1", self.factor)
-        _require(self.patience >= 0, "schedule.patience", "0 or more", self.patience)
-        _require(self.threshold >= 0, "schedule.threshold", "0 or more", self.threshold)
-        _require(
-            self.min_learning_rate >= 0,
-            "schedule.min_learning_rate",
-            "0 or more",
-            self.min_learning_rate,
-        )
-        _require(
-            self.early_stopping_patience is None or self.early_stopping_patience >= 1,
-            "schedule.early_stopping_patience",
-            "at least 1 or None",
-            self.early_stopping_patience,
-        )
+        check(self, "schedule")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,43 +273,4 @@ class TrainConfig:
     schedule: ScheduleConfig = ScheduleConfig()
 
     def __post_init__(self) -> None:
-        _check(self)
-        _require(bool(self.name), "name", "a non-empty name", self.name)
-        _require(0 <= self.seed < 2**32, "seed", "0 or more and below 2^32", self.seed)
-        _require(bool(self.init), "init", "a path or 'none'", self.init)
-        _require_home("init", self.init)
-        divisor = 16 if self.model.name == "unet" else 32
-        _require(
-            all(side % divisor == 0 for side in self.data.image_size),
-            "data.image_size",
-            f"multiples of {divisor} for {self.model.name}",
-            self.data.image_size,
-        )
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Returns a config dataclass as nested dicts of JSON values."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls: type[Config], values: Mapping[str, Any], *, path: str = "config") -> Config:
-    """Builds the config dataclass `cls` back from `to_dict`'s output or its JSON.
-
-    Args:
-        cls: A dataclass of this file.
-        values: One entry per field; absent fields take their defaults.
-        path: How error messages name this place.
-
-    Raises:
-        InputError: A field is unknown, or a value is not of the field's type or range.
-    """
-    hints = typing.get_type_hints(cls)
-    if not isinstance(values, Mapping):
-        raise InputError(f"{path} must hold the settings {', '.join(hints)}")
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        named = printable(", ".join(unknown))
-        raise InputError(f"{path} has no setting {named}; it has {', '.join(hints)}")
-    return cls(
-        **{name: _convert(hints[name], value, f"{path}.{name}") for name, value in values.items()}
-    )
+        check(self, "run")

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fetal_flax"
-EVERYWHERE = {"errors", "config", "_util"}
+EVERYWHERE = {"errors", "config", "config_rules", "_util"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
+    "config_rules": set(),
     "_util": set(),
     "presets": set(),
     "measurement": set(),
@@ -102,6 +103,15 @@ def importers(package: str) -> set[str]:
 def test_one_room_alone_knows_orbax_and_one_knows_pytorch():
     assert importers("orbax") == {"checkpoints"}
     assert importers("torch") == {"parity"}
+
+
+def test_what_only_posix_has_is_not_imported_with_the_package():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module)]
+            assert not {"fcntl", "grp", "posix", "pwd", "resource", "termios"} & {*names}, path
 
 
 @pytest.mark.parametrize(

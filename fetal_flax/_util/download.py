@@ -27,7 +27,7 @@ def fetch(url: str, destination: Path, *, sha256: str, size: int | None = None) 
     Args:
         url: Where the file is, by http or https.
         destination: Where it is to lie; directories are made.
-        sha256: Its SHA-256 in hex, or the first digits of it.
+        sha256: Its SHA-256, 64 hex digits.
         size: Its size in bytes, if known.
 
     Returns:
@@ -36,7 +36,7 @@ def fetch(url: str, destination: Path, *, sha256: str, size: int | None = None) 
     Raises:
         InputError: The download failed or is another file; the message says what to fetch by hand.
     """
-    if destination.is_file() and _sha256(destination).startswith(sha256):
+    if destination.is_file() and _sha256(destination) == sha256:
         return destination
     by_hand = f"download it by hand to {destination}"
     try:
@@ -88,7 +88,7 @@ def _check(path: Path, url: str, sha256: str, size: int | None) -> None:
     if size is not None and found != size:
         raise InputError(f"{url} gave {found} bytes instead of {size}")
     digest = _sha256(path)
-    if not digest.startswith(sha256):
+    if digest != sha256:
         raise InputError(f"{url} gave a file with SHA-256 {digest} instead of {sha256}")
 
 

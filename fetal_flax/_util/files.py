@@ -1,14 +1,11 @@
-"""Small files: writing them so that no reader sees half of one, and locks."""
+"""Small files, written so that no reader sees half of one."""
 
-import contextlib
 import csv
 import errno
-import fcntl
 import io
 import json
 import os
-import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,34 +34,6 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         way_out = "make room" if full else "choose an output folder that can be written"
         raise InputError(f"can't write {path} ({error.strerror}): {way_out}") from error
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[None]:
-    """Holds a lock file against other processes; a killed one lets go.
-
-    Args:
-        path: The lock file; it and its folder are made if needed, and stay.
-        wait: Wait for another holder, instead of raising.
-
-    Raises:
-        InputError: Another process holds it.
-        OSError: The file can't be made.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(
-                f"{path.parent} is in use by {file.read().strip() or 'another process'}: wait for "
-                "it, or choose another folder"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-        yield
 
 
 def csv_bytes(rows: Sequence[Sequence[object]]) -> bytes:

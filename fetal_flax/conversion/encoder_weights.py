@@ -11,12 +11,15 @@ from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
-# The hex in torchvision's names is the start of the file's SHA-256.
 TORCHVISION = {
-    "imagenet1k_v1": "mobilenet_v2-b0353104.pth",
-    "imagenet1k_v2": "mobilenet_v2-7ebf99e0.pth",
+    "imagenet1k_v1": "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
+    "imagenet1k_v2": "7ebf99e03e254b273379b23edca7ec0da9f48273b23a332b93c1c99d49e86e8f",
 }
-TORCHVISION_URL = "https://download.pytorch.org/models/"
+"""The files' SHA-256, of which torchvision's names carry the first eight digits:
+mobilenet_v2-b0353104.pth and mobilenet_v2-7ebf99e0.pth. All digits are in Renesas' recipe
+`python3-pytorch_%.bbappend` (github.com/renesas-rz/meta-renesas-ai) and in Arm's learning path
+"Build the dual-NPU application", which check their downloads by them."""
+TORCHVISION_URL = "https://download.pytorch.org/models/mobilenet_v2-{}.pth"
 
 
 def load_encoder(weights: str, model: ModelConfig, cache_dir: Path) -> Variables | None:
@@ -66,6 +69,6 @@ def read_encoder(path: Path, model: ModelConfig) -> Variables:
 
 def torchvision_file(weights: str, cache_dir: Path) -> Path:
     """Returns torchvision's file, downloaded into `cache_dir/weights` unless it is there."""
-    name = TORCHVISION[weights]
-    digest = name.removesuffix(".pth").rpartition("-")[2]
-    return fetch(TORCHVISION_URL + name, cache_dir / "weights" / name, sha256=digest)
+    sha256 = TORCHVISION[weights]
+    url = TORCHVISION_URL.format(sha256[:8])
+    return fetch(url, cache_dir / "weights" / url.rpartition("/")[2], sha256=sha256)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -105,5 +104,7 @@ def peak_bytes() -> int:
     statistics_of_device = jax.devices()[0].memory_stats()
     if statistics_of_device and "peak_bytes_in_use" in statistics_of_device:
         return statistics_of_device["peak_bytes_in_use"]
+    import resource  # Windows has none.
+
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -23,7 +23,8 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from fetal_flax import checkpoints
-from fetal_flax._util.files import json_bytes, locked, write_atomically
+from fetal_flax._util.files import json_bytes, write_atomically
+from fetal_flax._util.locks import locked
 from fetal_flax.config import TrainConfig, from_dict, to_dict
 from fetal_flax.data import splits
 from fetal_flax.errors import InputError, RunError

@@ -152,7 +152,8 @@ def test_without_network_the_error_names_the_file_and_the_way_out(no_network, tm
 
 @pytest.mark.parametrize("weights", ["imagenet1k_v1", "imagenet1k_v2"])
 def test_a_cached_file_with_another_hash_is_not_used(no_network, encoder_file, tmp_path, weights):
-    cached = tmp_path / "weights" / encoder_weights.TORCHVISION[weights]
+    first_digits = encoder_weights.TORCHVISION[weights][:8]
+    cached = tmp_path / "weights" / f"mobilenet_v2-{first_digits}.pth"
     cached.parent.mkdir()
     cached.write_bytes(encoder_file.read_bytes())
     with pytest.raises(InputError, match=cached.name):
@@ -172,9 +173,9 @@ def test_a_download_with_another_hash_is_not_used(monkeypatch, encoder_file, tmp
 
 
 def test_a_cached_file_with_the_right_hash_is_used(monkeypatch, no_network, encoder_file, tmp_path):
-    digest = hashlib.sha256(encoder_file.read_bytes()).hexdigest()[:8]
-    name = f"mobilenet_v2-{digest}.pth"
-    monkeypatch.setitem(encoder_weights.TORCHVISION, "imagenet1k_v2", name)
+    digest = hashlib.sha256(encoder_file.read_bytes()).hexdigest()
+    name = f"mobilenet_v2-{digest[:8]}.pth"
+    monkeypatch.setitem(encoder_weights.TORCHVISION, "imagenet1k_v2", digest)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / name).write_bytes(encoder_file.read_bytes())
     loaded = load_encoder("imagenet1k_v2", GREY, tmp_path)

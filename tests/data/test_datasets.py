@@ -14,7 +14,7 @@ import pytest
 from fetal_flax.config import DataConfig
 from fetal_flax.data import datasets as builders
 from fetal_flax.data import hc18
-from fetal_flax.data.phantom import make_phantom
+from fetal_flax.data.phantoms import builder, make_phantom
 from fetal_flax.errors import InputError
 
 
@@ -65,8 +65,8 @@ def test_phantoms_come_back_as_they_were(tmp_path: Path):
 
 def test_process_pool_makes_the_same_phantoms(tmp_path: Path, monkeypatch):
     alone = builders.open_dataset(_phantoms(tmp_path / "a"), seed=0)
-    monkeypatch.setattr(builders, "_PHANTOMS_PER_WORKER", 1)
-    monkeypatch.setattr(builders, "available_cpus", lambda: 2)
+    monkeypatch.setattr(builder, "_PHANTOMS_PER_WORKER", 1)
+    monkeypatch.setattr(builder, "available_cpus", lambda: 2)
     pooled = builders.open_dataset(_phantoms(tmp_path / "b"), seed=0)
     assert not multiprocessing.active_children()
     for index in range(3):
@@ -144,13 +144,14 @@ _SLOW = """
 import os, sys, time
 from fetal_flax.config import DataConfig
 from fetal_flax.data import datasets as builders
-make = builders._phantom_example
+from fetal_flax.data.phantoms import builder
+make = builder._example
 def slow(seed, size, index):
     if index == 1:
         os.write(1, b"half way\\n")  # TFDS's stdout is redirected.
         time.sleep(60)
     return make(seed, size, index)
-builders._phantom_example = slow
+builder._example = slow
 builders.open_dataset(DataConfig(dataset="fetal_phantom", phantom_count=3, phantom_size=(64, 96),
                                  cache_dir=sys.argv[1]), 0)
 """
@@ -197,8 +198,9 @@ _UNGUARDED = """
 import sys
 from fetal_flax.config import DataConfig
 from fetal_flax.data import datasets as builders
-builders._PHANTOMS_PER_WORKER = 1
-builders.available_cpus = lambda: 2
+from fetal_flax.data.phantoms import builder
+builder._PHANTOMS_PER_WORKER = 1
+builder.available_cpus = lambda: 2
 config = DataConfig(dataset="fetal_phantom", phantom_count=2, cache_dir=sys.argv[1])
 print(len(builders.open_dataset(config, 0)))
 """

@@ -8,9 +8,9 @@ import skimage.draw
 import skimage.measure
 from scipy import ndimage
 
+from fetal_flax.data.hc18 import fill_outline
 from fetal_flax.data.images import read_gray
-from fetal_flax.data.masks import fill_outline
-from fetal_flax.data.phantom import make_phantom
+from fetal_flax.data.phantoms import make_phantom
 from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.measurement.ellipse_overlap import ellipse_dice, ellipse_mask, ellipse_metrics
 from fetal_flax.measurement.head import measure_head

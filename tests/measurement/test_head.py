@@ -6,7 +6,7 @@ import pytest
 import skimage.measure
 
 from fetal_flax.data import hc18
-from fetal_flax.data.phantom import make_phantom
+from fetal_flax.data.phantoms import make_phantom
 from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.measurement.head import (
     OUTLINE_PX,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fetal_flax import checkpoints
-from fetal_flax._util.files import locked
+from fetal_flax._util.locks import locked
 from fetal_flax.commands.main import main
 from fetal_flax.data.host_loader import WorkerDiedError
 from fetal_flax.data.prefetch import DeviceBatches

@@ -1,11 +1,6 @@
 import csv
-import hashlib
-import http.server
 import os
 import shutil
-import threading
-import zipfile
-from functools import partial
 from pathlib import Path
 
 import cv2
@@ -167,71 +162,6 @@ def test_fingerprint_bears_links_to_nowhere_and_names_that_are_no_utf_8(tiny_hc1
     assert hc18.fingerprint(tiny_hc18) != before
     with pytest.raises(InputError, match=r"2 problem\(s\).*800_HC.png has no 800_HC_Annotation"):
         hc18.find_records(tiny_hc18)
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        ("a\x1b\nb,0.2\na\x1b\nb,0.2\n", r"'a\\x1b' has None as its pixel size"),
-        ('"a\nb",0.2\n"a\nb",0.2\n', r"'a\\nb' has two rows"),
-        ("a," + "9" * 5000 + "x\n", "a has '9{99}… as its"),
-        ("a,1000\n", "a has '1000' as its pixel size.* not a positive number below 1000"),
-        ("a,1e308\n", "a has '1e308' as its"),
-        ("\n,\n", " has '' as its pixel size"),
-    ],
-)
-def test_what_a_csv_holds_is_made_safe_to_print(content, named, tmp_path: Path):
-    path = tmp_path / "sizes.csv"
-    path.write_text("filename,pixel size(mm)\n" + content)
-    with pytest.raises(InputError, match=named) as error:
-        hc18.read_pixel_sizes(path)
-    assert str(error.value).isprintable() and len(str(error.value)) < 500
-
-
-def test_a_row_too_short_for_its_name_is_refused(tmp_path: Path):
-    path = tmp_path / "sizes.csv"
-    path.write_text("pixel size(mm),filename\n0.2\n0.3,a\n0.3\n")
-    with pytest.raises(InputError, match="has two rows"):
-        hc18.read_pixel_sizes(path)
-
-
-def test_a_pipe_in_place_of_the_csv_is_not_waited_for(tmp_path: Path):
-    os.mkfifo(tmp_path / "sizes.csv")
-    with pytest.raises(InputError, match="give a regular file"):
-        hc18.read_pixel_sizes(tmp_path / "sizes.csv")
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
-def test_downloads_and_unpacks_once(tiny_hc18: Path, tmp_path: Path, monkeypatch):
-    archive = tiny_hc18 / f"{hc18.IMAGES}.zip"
-    with zipfile.ZipFile(archive, "w") as zipped:
-        for path in sorted((tiny_hc18 / hc18.IMAGES).iterdir()):
-            zipped.write(path, f"{hc18.IMAGES}/{path.name}")
-    files = {
-        path.name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
-        for path in (archive, tiny_hc18 / hc18.CSV)
-    }
-    monkeypatch.setattr(hc18, "_FILES", files)
-    handler = partial(_Quiet, directory=str(tiny_hc18))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        monkeypatch.setattr(hc18, "_URL", f"http://127.0.0.1:{server.server_address[1]}/{{}}")
-        folder = hc18.download(tmp_path / "cache")
-        server.shutdown()
-        thread.join()
-    assert len(hc18.find_records(folder)) == 6
-    assert hc18.download(tmp_path / "cache") == folder  # The server is gone.
-
-
-def test_failed_download_says_how_to_do_without(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(hc18, "_URL", "http://127.0.0.1:9/{}")
-    with pytest.raises(InputError, match=r"data prepare --source DIR.*--data\.data-dir DIR"):
-        hc18.download(tmp_path)
 
 
 @pytest.mark.slow

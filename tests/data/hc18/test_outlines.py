@@ -5,8 +5,8 @@ import cv2
 import numpy as np
 import pytest
 
+from fetal_flax.data.hc18 import fill_outline
 from fetal_flax.data.images import read_gray
-from fetal_flax.data.masks import fill_outline
 from fetal_flax.errors import InputError
 
 SIZE = (108, 160)
