@@ -164,7 +164,7 @@ class Evaluate:
         from fetal_flax.evaluation.evaluate import evaluate
 
         metrics = evaluate(
-            self.checkpoint, self.output, data_dir=self.data_dir, split=self.split, tta=self.tta
+            self.checkpoint, self.data_dir, output=self.output, split=self.split, tta=self.tta
         )
         _print_headline(metrics, self.output)
         return 0

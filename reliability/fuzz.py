@@ -53,7 +53,7 @@ from fetal_flax.config import ModelConfig, TrainConfig, from_dict, to_dict
 from fetal_flax.conversion.names import TABLES
 from fetal_flax.conversion.reader import read_state_dict
 from fetal_flax.conversion.recognition import convert_state_dict
-from fetal_flax.conversion.transfer import to_torch
+from fetal_flax.conversion.transfer import to_state_dict
 from fetal_flax.data import hc18
 from fetal_flax.errors import InputError
 from fetal_flax.inference.sources import pixel_sizes
@@ -151,7 +151,7 @@ STRUCTURES = {
 
 def torch_files(campaign: Campaign, inputs: int, rng: random.Random, folder: Path) -> None:
     """`convert`, `--encoder.weights`, `parity`: both serialisations and safetensors."""
-    network = to_torch(functional.init(MODEL, 0), TABLES["unet"])
+    network = to_state_dict(functional.init(MODEL, 0), TABLES["unet"])
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in network.items()}
     view = torch.arange(60, dtype=torch.float16).reshape(3, 4, 5).transpose(0, 2)[1:, ::2]
     mixed = {
@@ -201,12 +201,12 @@ def own_checkpoints(campaign: Campaign, inputs: int, rng: random.Random, folder:
     """`evaluate`, `predict`, `convert --to-torch`: one to three files of a checkpoint damaged."""
     saved = checkpoints.Description("network", MODEL, config=to_dict(TrainConfig(model=MODEL)))
     variables = functional.init(MODEL, 0)
-    checkpoints.save(folder / "intact", variables, saved)
+    checkpoints.save_checkpoint(folder / "intact", checkpoints.Checkpoint(variables, saved))
     files = [path for path in sorted((folder / "intact").rglob("*")) if path.is_file()]
     broken = folder / "broken"
 
     def load() -> None:
-        loaded, description = checkpoints.load(broken)
+        loaded, description = checkpoints.load_checkpoint(broken)
         if not jax.tree.all(jax.tree.map(np.array_equal, loaded, variables)):
             raise AssertionError("other arrays were loaded than were saved")
         if (description.model, description.dataset) != (MODEL, "hc18"):
@@ -236,7 +236,7 @@ def plain_networks(campaign: Campaign, inputs: int, rng: random.Random, folder: 
     path = folder / "network"
 
     def load() -> None:
-        loaded, description = checkpoints.load(path)
+        loaded, description = checkpoints.load_checkpoint(path)
         if fitting:  # Whatever it says it is, nothing later may stumble over it.
             assert all(np.isfinite(array).all() for array in jax.tree.leaves(loaded))
             json_bytes(to_dict(description) | {"dataset": description.dataset})

@@ -28,6 +28,7 @@ import safetensors.numpy
 
 from fetal_flax._util.files import json_bytes
 from fetal_flax.checkpoints.description import (
+    Checkpoint,
     DamagedError,
     Description,
     from_json,
@@ -100,7 +101,7 @@ def choices() -> str:
     return f"a training workdir, a converted directory or the name of a shipped network{known}"
 
 
-def load(folder: Path) -> tuple[Variables, Description]:
+def load(folder: Path) -> Checkpoint:
     """Loads a network.
 
     Args:
@@ -138,7 +139,7 @@ def load(folder: Path) -> tuple[Variables, Description]:
             f"{folder} is damaged ({reason}): install the package again, or restore the folder "
             "from a copy"
         ) from error
-    return variables, description
+    return Checkpoint(variables, description)
 
 
 def contents(
