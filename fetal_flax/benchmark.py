@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from fetal_flax.checkpoints import Checkpoint, Description, load_checkpoint
 from fetal_flax._util import console
 from fetal_flax._util.machine import available_cpus
+from fetal_flax.checkpoints import Checkpoint, Description, load_checkpoint
 from fetal_flax.config import (
     DataConfig,
     EncoderConfig,

@@ -1,6 +1,7 @@
 """Checkpoints: arrays by name, and a description of what they are.
 
-`load_checkpoint` is the way to every network, whatever holds it: a training run, a conversion, or the package.
+`load_checkpoint` is the way to every network, whatever holds it: a training run, a conversion, or
+the package.
 """
 
 from fetal_flax.checkpoints.description import Checkpoint, DamagedError, Description, Kind

@@ -12,8 +12,8 @@ the end of the third epoch, 3000017 an interruption 17 steps later. Saving is at
 a complete checkpoint into place, and ignores what is not. What comes back is what was saved:
 SHA-256 digests of arrays and description are in the description.
 
-`load_checkpoint` is the way to every network, whatever holds it: one of these folders, or one of the plain
-files that networks are shipped in (shipped.py), which may be given by its name.
+`load_checkpoint` is the way to every network, whatever holds it: one of these folders, or one of
+the plain files that networks are shipped in (shipped.py), which may be given by its name.
 """
 
 import contextlib

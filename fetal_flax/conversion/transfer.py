@@ -66,7 +66,7 @@ def from_state_dict(
 
 
 def to_state_dict(variables: Variables, table: Table) -> Tensors:
-    """Returns variables under PyTorch's names and in its layout; exact inverse of `from_state_dict`.
+    """Returns variables under PyTorch's names and in its layout: the inverse of `from_state_dict`.
 
     Batch norms' `num_batches_tracked`, which nothing reads, is not there: PyTorch's
     `load_state_dict` fills it in by itself.

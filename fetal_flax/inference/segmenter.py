@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -244,10 +243,10 @@ def _with_pixel_sizes(
     pixel_sizes_mm: float | Iterable[float | None] | None,
 ) -> Iterator[tuple[Image, float | None]]:
     """Yields images, read where they are files, with their pixel sizes."""
-    if pixel_sizes_mm is None or isinstance(pixel_sizes_mm, numbers.Real):
-        pairs = zip(images, itertools.repeat(pixel_sizes_mm), strict=False)
-    else:
+    if isinstance(pixel_sizes_mm, Iterable):
         pairs = itertools.zip_longest(images, pixel_sizes_mm, fillvalue=_MISSING)
+    else:
+        pairs = ((image, pixel_sizes_mm) for image in images)
     for image, given in pairs:
         if image is _MISSING or given is _MISSING:
             raise InputError("there are not as many pixel_sizes_mm as images: give one for each")

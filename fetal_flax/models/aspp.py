@@ -23,8 +23,13 @@ class ASPP(nnx.Module):
         pool_groups: Groups of the pooled branch's norm. On its 1×1 map a group is a few channels of
             one pixel, and one of two channels would be normalised to ±1 whatever the image.
         separable: Whether the dilated convolutions are separable.
-        dropout: Rate behind the projection.
+        dropout: Rate behind the projection; in training it needs a `dropout_key`.
         rngs: Source of the `params` stream.
+
+    Example:
+        >>> aspp = ff.models.ASPP(64, 32, 48, rngs=nnx.Rngs(0))
+        >>> aspp(jnp.ones((1, 8, 8, 64)), train=False).shape
+        (1, 8, 8, 48)
     """
 
     def __init__(
@@ -35,7 +40,7 @@ class ASPP(nnx.Module):
         *,
         pool_groups: int = 32,
         separable: bool = False,
-        dropout: float,
+        dropout: float = 0.5,
         rngs: nnx.Rngs,
     ):
         self.point = ConvNorm(inputs, width, 1, rngs=rngs)

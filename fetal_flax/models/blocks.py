@@ -20,6 +20,11 @@ class ConvNorm(nnx.Module):
         rngs: Source of the `params` stream.
         conv: Further arguments of `Conv`: stride, dilation, depthwise, kernel_init; of
             `SeparableConv`: dilation.
+
+    Example:
+        >>> block = ff.models.ConvNorm(3, 8, 3, rngs=nnx.Rngs(0))
+        >>> nnx.relu(block(jnp.ones((1, 16, 16, 3)), train=False)).shape
+        (1, 16, 16, 8)
     """
 
     def __init__(
@@ -69,11 +74,16 @@ class SqueezeExcite(nnx.Module):
         channels: Channels of the map.
         bias: Whether the two dense layers have a bias (published code) or not (description).
         rngs: Source of the `params` stream.
+
+    Example:
+        >>> attention = ff.models.SqueezeExcite(32, rngs=nnx.Rngs(0))
+        >>> attention(jnp.ones((1, 16, 16, 32))).shape
+        (1, 16, 16, 32)
     """
 
     reduction = 16
 
-    def __init__(self, channels: int, *, bias: bool, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, bias: bool = False, rngs: nnx.Rngs):
         hidden = max(channels // self.reduction, 1)
         self.squeeze = _dense(channels, hidden, bias, rngs)
         self.excite = _dense(hidden, channels, bias, rngs)
@@ -101,6 +111,11 @@ class ResidualSEBlock(nnx.Module):
         se_bias: Whether the squeeze-excite has biases.
         separable: Whether the two convolutions are separable.
         rngs: Source of the `params` stream.
+
+    Example:
+        >>> block = ff.models.ResidualSEBlock(16, 32, rngs=nnx.Rngs(0))
+        >>> block(jnp.ones((1, 16, 16, 16)), train=False).shape
+        (1, 16, 16, 32)
     """
 
     def __init__(
@@ -108,8 +123,8 @@ class ResidualSEBlock(nnx.Module):
         inputs: int,
         outputs: int,
         *,
-        relu_after_sum: bool,
-        se_bias: bool,
+        relu_after_sum: bool = False,
+        se_bias: bool = False,
         separable: bool = False,
         rngs: nnx.Rngs,
     ):

@@ -38,6 +38,11 @@ class Conv(nnx.Module):
         bias: Whether a bias is added.
         kernel_init: What the kernel is drawn from; None is torch's default.
         rngs: Source of the `params` stream.
+
+    Example:
+        >>> convolution = ff.models.Conv(3, 8, 3, stride=2, rngs=nnx.Rngs(0))
+        >>> convolution(jnp.ones((1, 32, 32, 3))).shape
+        (1, 16, 16, 8)
     """
 
     def __init__(

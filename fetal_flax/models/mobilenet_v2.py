@@ -52,6 +52,16 @@ class MobileNetV2(nnx.Module):
     Args:
         channels: Image channels.
         rngs: Source of the `params` stream.
+
+    Example:
+        >>> encoder = ff.models.MobileNetV2(1, rngs=nnx.Rngs(0))
+        >>> for features in encoder(jnp.ones((1, 64, 64, 1)), train=False):
+        ...     print(features.shape)
+        (1, 32, 32, 16)
+        (1, 16, 16, 24)
+        (1, 8, 8, 32)
+        (1, 4, 4, 96)
+        (1, 2, 2, 1280)
     """
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):

@@ -42,6 +42,7 @@ def train(
     *,
     resume: bool = False,
     profile: bool = False,
+    quiet: bool = False,
     listeners: Sequence[Listener] = (),
 ) -> RunProgress:
     """Trains to the last epoch or until validation no longer improves.
@@ -51,6 +52,7 @@ def train(
         workdir: Where everything goes; must hold no run yet, unless `resume`.
         resume: Go on where the run in `workdir` stopped.
         profile: Trace a few steps into `workdir`/profile.
+        quiet: Print nothing.
         listeners: Who is told what happens (training/events.py), besides terminal and log files.
 
     Returns:
@@ -63,9 +65,9 @@ def train(
         Interrupted: SIGTERM or SIGINT came; the message says what is saved.
 
     Example:
-        >>> progress = ff.train(config, "runs/small")
-        >>> progress.epochs, sorted(progress.history[0])[:3]
-        (1, [])
+        >>> progress = ff.train(config, "runs/small", quiet=True)
+        >>> progress.epochs, 0 < progress.stopping.best < 1
+        (1, True)
         >>> ff.load_checkpoint("runs/small").config == config.model
         True
     """
@@ -74,7 +76,7 @@ def train(
         # Settle what never changes; nothing is written but caches.
         run_on_all_processes(lambda: check_workdir(config, workdir, resume=resume))
         setup = run_on_all_processes(lambda: prepare(config))
-        console = Console(config.schedule.epochs, quiet=not is_first())
+        console = Console(config.schedule.epochs, quiet=quiet or not is_first())
         console(Message(describe(setup)))
 
         with disk_failure_named(workdir), contextlib.ExitStack() as files:

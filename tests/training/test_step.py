@@ -143,13 +143,16 @@ def test_one_device_and_two_agree_on_the_default_network(make_batch):
 
 def test_a_step_is_traced_once_whatever_the_learning_rate_and_pos_weight(monkeypatch, make_batch):
     traced = []
-    for name in ("apply", "apply_train"):
 
-        def record(*arguments, name=name, function=getattr(functional, name), **keywords):
-            traced.append(name)
+    def recorded(function):
+        def record(*arguments, **keywords):
+            traced.append(function.__name__)
             return function(*arguments, **keywords)
 
-        monkeypatch.setattr(functional, name, record)
+        return record
+
+    for function in (functional.apply, functional.apply_train):
+        monkeypatch.setattr(functional, function.__name__, recorded(function))
     mesh = create_mesh(jax.devices()[:2])
     steps = create_programs(UNET, mesh)
     state = create_state(UNET, _variables(UNET), mesh)
