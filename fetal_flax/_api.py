@@ -26,7 +26,7 @@ def create_model(name: str = ModelConfig.name, *, rngs: nnx.Rngs, **settings: An
 
     Example:
         >>> model = ff.create_model("unet", base_width=4, rngs=nnx.Rngs(0))
-        >>> model(jnp.zeros((1, 32, 64, 1)), train=False).shape
+        >>> nnx.jit(model)(jnp.zeros((1, 32, 64, 1))).shape
         (1, 32, 64, 1)
     """
     values: dict[str, Any] = {"name": name, **settings}

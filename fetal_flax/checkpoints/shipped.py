@@ -97,7 +97,7 @@ def list_networks() -> tuple[ShippedNetwork, ...]:
     Example:
         >>> for network in ff.list_networks():
         ...     print(network.name, network.title, network.parameters, network.licence)
-        hc18-compact unet 1865 CC BY 4.0
+        hc18-compact unet 30715 CC BY 4.0
     """
     return tuple(_summary(name) for name in names())
 
@@ -111,10 +111,13 @@ def _summary(name: str) -> ShippedNetwork:
             for metric in ("dice", "hc_abs_error_mm")
         )
         shapes = functional.shapes(description.model).params.values()
-    parameters = sum(math.prod(array.shape) for array in shapes)
-    licence = LICENCES[description.dataset]
     return ShippedNetwork(
-        name, description.title.removeprefix("a "), parameters, dice, adf, licence
+        name,
+        title=description.model.title,
+        parameters=sum(math.prod(array.shape) for array in shapes),
+        dice=dice,
+        adf_mm=adf,
+        licence=LICENCES[description.dataset],
     )
 
 

@@ -244,7 +244,7 @@ def load_checkpoint(
         >>> checkpoint.config.title, checkpoint.image_size
         ('unet', (64, 96))
         >>> sum(array.size for array in checkpoint.variables.params.values())
-        1865
+        30715
     """
     directory = locate(source)
     if shipped.exists(directory) and not exists(directory):

@@ -83,8 +83,8 @@ def evaluate(
 
     Example:
         >>> metrics = ff.evaluate("runs/hc18", "HC18")
-        >>> metrics["n"], f"{metrics['dice']['mean']:.2f}"
-        (2, '1.00')
+        >>> metrics["n"], metrics["dice"]["mean"] > 0.98, metrics["run"]["missed"]
+        (2, True, [])
     """
     measured = measure(checkpoint, data_dir, output=output, split=split, tta=tta)
     if output is None:

@@ -25,9 +25,9 @@ class Measurement:
         >>> result.mask.shape == image.shape, result.flags
         (True, ())
         >>> f"HC {result.hc_mm:.0f} mm, BPD {result.bpd_mm:.0f} mm, OFD {result.ofd_mm:.0f} mm"
-        'HC 177 mm, BPD 48 mm, OFD 64 mm'
+        'HC 178 mm, BPD 48 mm, OFD 64 mm'
         >>> f"{result.ga_weeks:.1f} weeks"
-        '20.2 weeks'
+        '20.3 weeks'
         >>> f"{result.head.ellipse.semi_major:.0f} pixels"
         '64 pixels'
     """

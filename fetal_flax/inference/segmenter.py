@@ -90,7 +90,7 @@ class Segmenter:
         Example:
             >>> result = ff.load("hc18-compact").measure(image, pixel_size_mm=0.5)
             >>> f"{result.hc_mm:.0f} mm"
-            '177 mm'
+            '178 mm'
         """
         (result,) = self.measure_all([image], pixel_sizes_mm=pixel_size_mm)
         return result
@@ -116,8 +116,8 @@ class Segmenter:
             >>> segmenter = ff.load("hc18-compact")
             >>> for result in segmenter.measure_all(["scan.png", "scan.png"], pixel_sizes_mm=0.5):
             ...     print(f"{result.hc_mm:.0f} mm", result.flags)
-            177 mm ()
-            177 mm ()
+            178 mm ()
+            178 mm ()
         """
         pairs = _with_pixel_sizes(images, pixel_sizes_mm)
         measured = self.measure_each(pairs, lambda pair: pair[0], lambda pair: pair[1])
@@ -233,7 +233,7 @@ def load(
         >>> image, pixel_size_mm = ff.read_image("scan.png")
         >>> result = ff.load("hc18-compact").measure(image, pixel_size_mm or 0.5)
         >>> f"{result.hc_mm:.0f} mm"
-        '177 mm'
+        '178 mm'
     """
     return Segmenter(load_checkpoint(source), batch_size=batch_size, tta=tta)
 

@@ -117,7 +117,8 @@ def apply(
 ) -> Logits:
     """Returns the logits of images, with running statistics and without dropout.
 
-    A pure function: `jax.jit` (config static), `jax.grad`, `jax.vmap` and shardings apply.
+    A pure function: `jax.jit` (config static), `jax.grad` and `jax.vmap` apply, and so do shardings
+    over a mesh whose axes are Auto, as those of `jax.sharding.Mesh` are.
 
     Args:
         config: Which network.
@@ -135,10 +136,11 @@ def apply(
     Example:
         >>> config = ff.ModelConfig(name="unet", base_width=4)
         >>> variables, images = ff.init(config, seed=0), jnp.ones((2, 32, 64, 1))
-        >>> ff.apply(config, variables, images).shape
+        >>> apply = jax.jit(ff.apply, static_argnums=0)
+        >>> apply(config, variables, images).shape
         (2, 32, 64, 1)
-        >>> gradients = jax.grad(lambda v: ff.apply(config, v, images).mean())(variables)
-        >>> gradients.params["head/bias"]
+        >>> gradient = jax.jit(jax.grad(lambda v: ff.apply(config, v, images).mean()))
+        >>> gradient(variables).params["head/bias"]
         Array([1.], dtype=float32)
     """
     network = merge(config, variables)
@@ -175,7 +177,8 @@ def apply_train(
     Example:
         >>> config = ff.ModelConfig(name="unet", base_width=4)
         >>> variables, images = ff.init(config, seed=0), jnp.ones((2, 32, 64, 1))
-        >>> logits, batch_stats = ff.apply_train(config, variables, images)
+        >>> apply_train = jax.jit(ff.apply_train, static_argnums=0)
+        >>> logits, batch_stats = apply_train(config, variables, images)
         >>> variables = variables._replace(batch_stats=batch_stats)
     """
     network = merge(config, variables)
@@ -230,7 +233,7 @@ def merge(config: ModelConfig, variables: Variables) -> Network:
     Example:
         >>> checkpoint = ff.load_checkpoint("runs/hc18")
         >>> network = ff.merge(checkpoint.config, checkpoint.variables)
-        >>> network(jnp.zeros((1, 64, 96, 1)), train=False).shape
+        >>> nnx.jit(network)(jnp.zeros((1, 64, 96, 1))).shape
         (1, 64, 96, 1)
     """
     params, batch_stats = variables
@@ -273,7 +276,8 @@ def variables_of(module: nnx.Module) -> Variables:
 
     Example:
         >>> model = ff.create_model("unet", base_width=4, rngs=nnx.Rngs(0))
-        >>> logits = ff.apply(model.config, ff.variables_of(model), jnp.zeros((1, 32, 32, 1)))
+        >>> ff.variables_of(model).params["head/bias"].shape
+        (1,)
     """
     _, params, batch_stats = nnx.split(module, nnx.Param, nnx.BatchStat)
     return Variables(_flatten(params), _flatten(batch_stats))

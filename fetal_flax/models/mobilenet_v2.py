@@ -55,7 +55,8 @@ class MobileNetV2(nnx.Module):
 
     Example:
         >>> encoder = ff.models.MobileNetV2(1, rngs=nnx.Rngs(0))
-        >>> for features in encoder(jnp.ones((1, 64, 64, 1)), train=False):
+        >>> encode = nnx.jit(lambda encoder, images: encoder(images, train=False))
+        >>> for features in encode(encoder, jnp.ones((1, 64, 64, 1))):
         ...     print(features.shape)
         (1, 32, 32, 16)
         (1, 16, 16, 24)

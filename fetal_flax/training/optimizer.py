@@ -68,7 +68,7 @@ def adam_l2(
         >>> optimizer = ff.optimizers.adam_l2(1e-3)
         >>> params = {"kernel": jnp.ones(3)}
         >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
-        >>> updates["kernel"]
+        >>> jnp.round(updates["kernel"], 5)
         Array([-0.001, -0.001, -0.001], dtype=float32)
     """
     scale = scale_by_adam_l2(config or OptimizerConfig())
