@@ -21,6 +21,7 @@ ARROWS: dict[str, set[str]] = {
     "conversion": {"models", "checkpoints"},
     "reporting": {"measurement"},
     "inference": {"checkpoints", "models", "measurement", "data", "reporting"},
+    "_api": {"models"},
     "summary": {"models"},
     "training": {
         *("data", "models", "measurement", "checkpoints", "conversion", "inference"),

@@ -316,6 +316,19 @@ def test_what_was_trained_on_all_images_has_no_split(
     assert not output.exists()
 
 
+def test_the_list_tells_what_the_description_does(package, variables):
+    (network,) = shipped.list_networks()
+    count = sum(array.size for array in variables.params.values())
+    assert network == (NAME, MODEL.title, count, None, None, "CC BY 4.0")
+    figures = {"evaluations": [{"dice": {"mean": 0.97}, "hc_abs_error_mm": {"mean": 1.9}}]}
+    files = shipped.contents(shipped.to_float16(variables), DESCRIPTION, figures)
+    shipped.save(package / "measured", files)
+    assert shipped.list_networks()[1] == ("measured", *network[1:3], 0.97, 1.9, "CC BY 4.0")
+    forge(package / "measured", figures=3)
+    with pytest.raises(DamagedError, match="measured is damaged"):
+        shipped.list_networks()
+
+
 # What is refused.
 
 

@@ -2,6 +2,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from scipy.special import expit
@@ -12,6 +13,7 @@ from fetal_flax.data.images import resize_image
 from fetal_flax.errors import InputError
 from fetal_flax.inference.assessment import mean_logits, native_mask
 from fetal_flax.inference.segmenter import Segmenter, load
+from fetal_flax.measurement.gestational_age import gestational_age
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
@@ -189,3 +191,64 @@ def test_a_checkpoint_predicts_as_its_variables_do(tmp_path: Path):
 def test_a_folder_without_a_checkpoint_is_an_input_error(tmp_path: Path):
     with pytest.raises(InputError, match="holds no checkpoint"):
         load(tmp_path)
+
+
+def bright_ellipse() -> np.ndarray:
+    """What the network in `calls` takes for a head."""
+    image = np.zeros((180, 240), np.uint8)
+    return cv2.ellipse(image, ((120.0, 90.0), (130.0, 100.0), 0.0), 255, -1)
+
+
+def test_a_head_is_measured_in_pixels_and_where_their_size_is_known_in_millimetres(calls):
+    segmenter = Segmenter(checkpoint(NO_VARIABLES, (96, 128)))
+    in_mm = segmenter.measure(bright_ellipse(), 0.5)
+    assert in_mm.head and in_mm.hc_mm and in_mm.bpd_mm and in_mm.ofd_mm
+    # The outline of 1.4 pixels on either side is taken off.
+    assert in_mm.ofd_mm == pytest.approx(0.5 * (130 - 2.8), abs=0.5)
+    assert in_mm.bpd_mm == pytest.approx(0.5 * (100 - 2.8), abs=0.5)
+    assert in_mm.hc_mm == in_mm.head.in_mm(0.5).circumference
+    age = gestational_age(in_mm.hc_mm)
+    assert age and in_mm.ga_weeks == age.weeks and in_mm.gestational_age == age
+    in_pixels = segmenter.measure(bright_ellipse())
+    assert in_pixels.head == in_mm.head
+    assert in_pixels.hc_mm is in_pixels.bpd_mm is in_pixels.ofd_mm is in_pixels.ga_weeks is None
+    missed = segmenter.measure(np.zeros((180, 240), np.uint8), 0.5)
+    assert missed.head is missed.hc_mm is missed.ga_weeks is None
+    assert missed.flags == ("no_head",) and not missed.mask.any()
+
+
+def test_measure_all_takes_files_and_images_and_sizes_for_all_or_each(calls, tmp_path):
+    segmenter = Segmenter(checkpoint(NO_VARIABLES, (96, 128)), batch_size=2)
+    cv2.imwrite(str(tmp_path / "a.png"), bright_ellipse())
+    images = [tmp_path / "a.png", str(tmp_path / "a.png"), bright_ellipse()]
+    sizes = [[m.pixel_size_mm for m in segmenter.measure_all(images)]]
+    for given in (0.5, np.float32(0.5), [0.5, None, 0.25]):
+        measured = list(segmenter.measure_all(images, pixel_sizes_mm=given))
+        sizes.append([m.pixel_size_mm for m in measured])
+        assert all(np.array_equal(m.mask, measured[0].mask) for m in measured)
+    assert sizes == [[None] * 3, [0.5] * 3, [0.5] * 3, [0.5, None, 0.25]]
+    for given in ([0.5], [0.5] * 4):
+        with pytest.raises(InputError, match="not as many pixel_sizes_mm as images"):
+            list(segmenter.measure_all(images, pixel_sizes_mm=given))
+    with pytest.raises(InputError, match="no such image file"):
+        list(segmenter.measure_all([tmp_path / "b.png"]))
+
+
+@pytest.mark.parametrize(
+    ("image", "named"),
+    [
+        (np.zeros((40, 56, 3), np.uint8), r"uint8 with shape \(40, 56, 3\): give grey uint8"),
+        (np.zeros((40, 56)), "float64 with shape"),
+        (np.zeros((40, 8), np.uint8), "8×40 pixels, too few"),
+        ([[0]], "list"),
+    ],
+)
+def test_what_is_no_grey_image_is_named(calls, image, named):
+    with pytest.raises(InputError, match=named):
+        Segmenter(checkpoint(NO_VARIABLES, (32, 32))).measure(image)
+
+
+@pytest.mark.parametrize("size", [0, -1.0, float("nan"), 1000])
+def test_what_is_no_pixel_size_is_named(calls, size):
+    with pytest.raises(InputError, match="is not a positive number of mm below 1000"):
+        Segmenter(checkpoint(NO_VARIABLES, (32, 32))).measure(bright_ellipse(), size)
