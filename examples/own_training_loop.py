@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+from typing import Any
 
 import cv2
 import jax
@@ -32,7 +33,8 @@ def train_step(variables: ff.Variables, moments, images, masks, key):
 
     (value, batch_stats), gradients = jax.value_and_grad(loss, has_aux=True)(variables.params)
     updates, moments = OPTIMIZER.update(gradients, moments, variables.params)
-    return ff.Variables(optax.apply_updates(variables.params, updates), batch_stats), moments, value
+    params: Any = optax.apply_updates(variables.params, updates)
+    return ff.Variables(params, batch_stats), moments, value
 
 
 def main() -> None:

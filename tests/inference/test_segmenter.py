@@ -222,7 +222,7 @@ def test_measure_all_takes_files_and_images_and_sizes_for_all_or_each(calls, tmp
     cv2.imwrite(str(tmp_path / "a.png"), bright_ellipse())
     images = [tmp_path / "a.png", str(tmp_path / "a.png"), bright_ellipse()]
     sizes = [[m.pixel_size_mm for m in segmenter.measure_all(images)]]
-    for given in (0.5, np.float32(0.5), [0.5, None, 0.25]):
+    for given in (0.5, np.float64(0.5), [0.5, None, 0.25]):
         measured = list(segmenter.measure_all(images, pixel_sizes_mm=given))
         sizes.append([m.pixel_size_mm for m in measured])
         assert all(np.array_equal(m.mask, measured[0].mask) for m in measured)
