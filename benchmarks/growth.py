@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from timing import time_interleaved
 
+from fetal_flax.checkpoints import Checkpoint, Description
 from fetal_flax.config import AugmentationConfig, DataConfig, EncoderConfig, TrainConfig
 from fetal_flax.data.datasets import Dataset
 from fetal_flax.data.device_loader import gather_batch, load_device_dataset, training_recipes
@@ -26,7 +27,7 @@ from fetal_flax.data.host_loader import training_batches
 from fetal_flax.data.images import encode_png
 from fetal_flax.data.order import TrainingOrder, split_into_calls
 from fetal_flax.data.phantoms import make_phantom
-from fetal_flax.inference.segmenter import Predictor
+from fetal_flax.inference.segmenter import Segmenter
 from fetal_flax.models import functional
 from fetal_flax.training.compile import create_programs, create_state
 from fetal_flax.training.sharding import batch_sharding, create_mesh, replicated, step_sharding
@@ -76,8 +77,9 @@ def print_rows(calls: dict, repeats: int) -> None:
 
 def inference(batch: int, side: int):
     """Returns a call that runs a batch."""
-    predictor = Predictor(CONFIG.model, variables(), (side, side), batch_size=batch)
-    function, arguments = predictor.call(jax.numpy.zeros((batch, side, side, 1), np.uint8))
+    metadata = Description("network", CONFIG.model, (side, side))
+    segmenter = Segmenter(Checkpoint(variables(), metadata), batch_size=batch)
+    function, arguments = segmenter.call(jax.numpy.zeros((batch, side, side, 1), np.uint8))
     return lambda: jax.block_until_ready(function(*arguments))
 
 

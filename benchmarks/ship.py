@@ -27,13 +27,12 @@ import numpy as np
 from model_card import Evaluation, Facts, Float16, Run, card, differences, float16_sentence
 
 from fetal_flax import checkpoints, presets
-from fetal_flax.checkpoints import shipped
+from fetal_flax.checkpoints import Checkpoint, shipped
 from fetal_flax.config import DataConfig, TrainConfig, from_dict, to_dict
 from fetal_flax.data import splits
 from fetal_flax.data.datasets import Dataset, open_dataset
 from fetal_flax.errors import InputError
-from fetal_flax.inference.segmenter import Predictor, mean_logits, native_mask
-from fetal_flax.measurement.head import OUTLINE_PX, measure_head
+from fetal_flax.inference.segmenter import Segmenter
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 from fetal_flax.performance.machine import device_name
@@ -144,7 +143,7 @@ def load_run(workdir: Path, *, last: bool = False) -> Run:
     Raises:
         InputError: It can't be read, was not trained here, or stands in the middle of an epoch.
     """
-    variables, description = checkpoints.load(workdir, last=last)
+    variables, description = checkpoints.load_checkpoint(workdir, last=last)
     history = description.progress.get("history")
     if description.config is None or not history:
         raise InputError(f"{workdir} is no training run: give one's workdir")
@@ -238,24 +237,18 @@ def compare(run: Run, rounded: Variables, dataset: Dataset, indices: Sequence[in
 
     A head that only one of both finds counts with its whole circumference.
     """
-    description = run.description
-    outline_px = OUTLINE_PX[description.dataset]
-    predictors = [
-        Predictor(description.model, variables, description.image_size)
+    measured = [
+        Segmenter(Checkpoint(variables, run.description)).measure_each(
+            map(dataset.record, indices),
+            lambda record: record.image,
+            lambda record: record.pixel_size_mm,
+        )
         for variables in (run.variables, rounded)
     ]
-    seen = [
-        predictor.segment(map(dataset.record, indices), lambda record: record.image)
-        for predictor in predictors
-    ]
     changes, dices = {}, []
-    for (record, whole), (_, half) in zip(*seen, strict=True):
-        masks = [native_mask(mean_logits(views), record.image.shape) for views in (whole, half)]
-        heads = [measure_head(m, outline_px=outline_px) for m in masks]
-        whole_mm, half_mm = (
-            head.in_mm(record.pixel_size_mm).circumference if head else 0.0 for head in heads
-        )
-        changes[record.name] = abs(whole_mm - half_mm)
+    for (record, whole), (_, half) in zip(*measured, strict=True):
+        masks = [whole.mask, half.mask]
+        changes[record.name] = abs((whole.hc_mm or 0.0) - (half.hc_mm or 0.0))
         total = masks[0].sum() + masks[1].sum()
         dices.append(2 * (masks[0] & masks[1]).sum() / total if total else 1.0)
     weights = {}

@@ -32,7 +32,12 @@ TestTimeAugmentation = Literal["none", "flip"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Which network, and what about it can vary."""
+    """Which network, and what about it can vary.
+
+    Example:
+        >>> ff.ModelConfig(variant="published", in_channels=3).title
+        'mobilenet_aspp_se_unet (published)'
+    """
 
     name: Literal["mobilenet_aspp_se_unet", "mobilenet_unet", "unet"] = "mobilenet_aspp_se_unet"
     """The proposed network or one of the two baselines."""
@@ -252,7 +257,17 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One training run, whole."""
+    """One training run, whole; its sections are the classes of `fetal_flax.config`.
+
+    Example:
+        >>> config = ff.TrainConfig(
+        ...     name="mine",
+        ...     model=ff.ModelConfig(name="unet"),
+        ...     schedule=ff.config.ScheduleConfig(epochs=10),
+        ... )
+        >>> config.schedule.epochs, config.data.image_size
+        (10, (256, 256))
+    """
 
     name: str = "hc18"
     """Names the run; the default workdir is `runs/NAME`."""

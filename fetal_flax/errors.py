@@ -6,6 +6,13 @@ class InputError(Exception):
 
     The message is one sentence that names the file or field and the way out; the command line
     prints it to stderr without a traceback.
+
+    Example:
+        >>> try:
+        ...     ff.load("nowhere")
+        ... except ff.InputError as error:
+        ...     print(str(error).partition(":")[0])
+        nowhere holds no checkpoint
     """
 
     exit_code = 2

@@ -309,7 +309,7 @@ def _odd_image(rng: random.Random) -> bytes:
 
 def odd_csv(rng: random.Random, names: list[str]) -> bytes:
     """Makes a CSV of pixel sizes with odd cells, rows, separators, line ends and encodings."""
-    columns = [*hc18._COLUMNS[: rng.randint(2, 3)]]
+    columns = [*hc18.COLUMNS[: rng.randint(2, 3)]]
     rows = [columns, *([name, "0.25", "175.5"][: len(columns)] for name in names)]
     for _ in range(rng.randint(1, 4)):
         row = rng.choice(rows)

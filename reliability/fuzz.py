@@ -55,7 +55,7 @@ from fetal_flax.config import ModelConfig, TrainConfig, from_dict, to_dict
 from fetal_flax.conversion.names import TABLES
 from fetal_flax.conversion.reader import read_state_dict
 from fetal_flax.conversion.recognition import convert_state_dict
-from fetal_flax.conversion.transfer import to_torch
+from fetal_flax.conversion.transfer import to_state_dict
 from fetal_flax.data import hc18
 from fetal_flax.errors import InputError
 from fetal_flax.inference.sources import pixel_sizes
@@ -153,7 +153,7 @@ STRUCTURES = {
 
 def torch_files(campaign: Campaign, inputs: int, rng: random.Random, folder: Path) -> None:
     """`convert`, `--encoder.weights`, `parity`: both serialisations and safetensors."""
-    network = to_torch(functional.init(MODEL, 0), TABLES["unet"])
+    network = to_state_dict(functional.init(MODEL, 0), TABLES["unet"])
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in network.items()}
     view = torch.arange(60, dtype=torch.float16).reshape(3, 4, 5).transpose(0, 2)[1:, ::2]
     mixed = {
@@ -203,12 +203,12 @@ def own_checkpoints(campaign: Campaign, inputs: int, rng: random.Random, folder:
     """`evaluate`, `predict`, `convert --to-torch`: one to three files of a checkpoint damaged."""
     saved = checkpoints.Description("network", MODEL, config=to_dict(TrainConfig(model=MODEL)))
     variables = functional.init(MODEL, 0)
-    checkpoints.save(folder / "intact", variables, saved)
+    checkpoints.save_checkpoint(folder / "intact", checkpoints.Checkpoint(variables, saved))
     files = [path for path in sorted((folder / "intact").rglob("*")) if path.is_file()]
     broken = folder / "broken"
 
     def load() -> None:
-        loaded, description = checkpoints.load(broken)
+        loaded, description = checkpoints.load_checkpoint(broken)
         if not jax.tree.all(jax.tree.map(np.array_equal, loaded, variables)):
             raise AssertionError("other arrays were loaded than were saved")
         if (description.model, description.dataset) != (MODEL, "hc18"):
@@ -238,7 +238,7 @@ def plain_networks(campaign: Campaign, inputs: int, rng: random.Random, folder: 
     path = folder / "network"
 
     def load() -> None:
-        loaded, description = checkpoints.load(path)
+        loaded, description = checkpoints.load_checkpoint(path)
         if fitting:  # Whatever it says it is, nothing later may stumble over it.
             assert all(np.isfinite(array).all() for array in jax.tree.leaves(loaded))
             json_bytes(to_dict(description) | {"dataset": description.dataset})
@@ -273,7 +273,7 @@ def hc18_folders(campaign: Campaign, inputs: int, rng: random.Random, folder: Pa
     """`data prepare`, `train`, `evaluate`: folders with one to three things wrong."""
     images = folder / "intact" / hc18.IMAGES
     images.mkdir(parents=True)
-    rows = [",".join(hc18._COLUMNS)]
+    rows = [",".join(hc18.COLUMNS)]
     for name, center in (("000_HC", (40, 30)), ("001_HC", (44, 28)), ("001_2HC", (36, 32))):
         shade = np.full((60, 80), 90, np.uint8)
         line = cv2.ellipse(np.zeros_like(shade), center, (28, 20), 10.0, 0, 360, (255,), 1)

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fetal_flax.config import ModelConfig, from_dict, to_dict
 from fetal_flax.errors import InputError
+from fetal_flax.models.functional import Variables
 
 FORMAT = 2
 Kind = Literal["network", "encoder"]
@@ -18,7 +19,13 @@ class DamagedError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a checkpoint holds, readable without loading it."""
+    """What a checkpoint holds, readable without loading it.
+
+    Example:
+        >>> description = ff.Description("network", ff.ModelConfig(name="unet"), (128, 192))
+        >>> description.title, description.dataset
+        ('a unet', 'hc18')
+    """
 
     kind: Kind
     """A whole network, or a MobileNetV2 encoder alone."""
@@ -40,6 +47,36 @@ class Description:
     def title(self) -> str:
         """What the checkpoint holds, in a few words."""
         return "a MobileNetV2 encoder" if self.kind == "encoder" else f"a {self.model.title}"
+
+
+class Checkpoint(NamedTuple):
+    """A network's arrays, and what they are: what is loaded, saved and converted.
+
+    Example:
+        >>> config = ff.ModelConfig(name="unet", base_width=4)
+        >>> checkpoint = ff.Checkpoint(
+        ...     ff.init(config, seed=0), ff.Description("network", config, (64, 96))
+        ... )
+        >>> checkpoint.config.name, checkpoint.image_size
+        ('unet', (64, 96))
+        >>> checkpoint.variables.params["head/kernel"].shape
+        (1, 1, 4, 1)
+    """
+
+    variables: Variables
+    """Parameters and batch statistics, float32 arrays by name."""
+    metadata: Description
+    """Which network, its image size, and the run or file that it comes from."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The network's settings, for `apply` and `create_model`."""
+        return self.metadata.model
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that the network was trained with, in pixels."""
+        return self.metadata.image_size
 
 
 def to_json(description: Description) -> dict[str, Any]:

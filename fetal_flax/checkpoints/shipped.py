@@ -11,15 +11,16 @@ float32 arrays with exactly the values that are stored. Files are taken to be a 
 is unpickled, and sizes, names, dtypes, shapes, values and digests are checked.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +29,7 @@ import safetensors.numpy
 
 from fetal_flax._util.files import json_bytes
 from fetal_flax.checkpoints.description import (
+    Checkpoint,
     DamagedError,
     Description,
     from_json,
@@ -53,6 +55,8 @@ TRAINED_ON = "trained_on"
 """Entry of the description's progress: `ALL_IMAGES`, or `a split`, which is beside it then."""
 ALL_IMAGES = "all images"
 A_SPLIT = "a split"
+LICENCES = {"hc18": "CC BY 4.0", "fetal_phantom": "Apache-2.0"}
+"""Of a network's weights, by the data set that they were computed from; its card says more."""
 
 _LARGEST_DESCRIPTION = 2**22
 _LARGEST_HEADER = 2**20
@@ -67,6 +71,54 @@ _DAMAGE = (
     ValueError,
     safetensors.SafetensorError,
 )
+
+
+class ShippedNetwork(NamedTuple):
+    """A network that the package ships, in a few words; its MODEL_CARD.md has the others."""
+
+    name: str
+    """What `load` and every command take."""
+    title: str
+    """Which network it is."""
+    parameters: int
+    dice: float | None
+    """Mean over held-out images, in [0, 1]; None where nothing was measured."""
+    adf_mm: float | None
+    """Mean absolute difference of the head circumference (ADF) on them, in mm."""
+    licence: str
+
+
+def list_networks() -> tuple[ShippedNetwork, ...]:
+    """Returns the trained networks that the package ships, by name; there may be none.
+
+    Raises:
+        InputError: One of them is damaged.
+
+    Example:
+        >>> for network in ff.list_networks():
+        ...     print(network.name, network.title, network.parameters, network.licence)
+        hc18-compact unet 30715 CC BY 4.0
+    """
+    return tuple(_summary(name) for name in names())
+
+
+def _summary(name: str) -> ShippedNetwork:
+    with _damage_named(FOLDER / name):
+        description, values = _read_description(FOLDER / name)
+        evaluations = values["figures"].get("evaluations")
+        dice, adf = (
+            evaluations[0][metric]["mean"] if evaluations else None
+            for metric in ("dice", "hc_abs_error_mm")
+        )
+        shapes = functional.shapes(description.model).params.values()
+    return ShippedNetwork(
+        name,
+        title=description.model.title,
+        parameters=sum(math.prod(array.shape) for array in shapes),
+        dice=dice,
+        adf_mm=adf,
+        licence=LICENCES[description.dataset],
+    )
 
 
 def names() -> tuple[str, ...]:
@@ -100,7 +152,7 @@ def choices() -> str:
     return f"a training workdir, a converted directory or the name of a shipped network{known}"
 
 
-def load(folder: Path) -> tuple[Variables, Description]:
+def load(folder: Path) -> Checkpoint:
     """Loads a network.
 
     Args:
@@ -113,12 +165,9 @@ def load(folder: Path) -> tuple[Variables, Description]:
         DamagedError: A file is missing, can't be read, or holds something else than was saved.
         InputError: It is of another format, or has settings that this version doesn't know.
     """
-    try:
-        content = _read(folder / DESCRIPTION, _LARGEST_DESCRIPTION)
-        values, digests = checked(json.loads(content))
-        if not digests:
-            raise ValueError(f"{DESCRIPTION} has no digests")
-        description = _usable(from_json(values, DESCRIPTION))
+    with _damage_named(folder):
+        description, values = _read_description(folder)
+        digests = values["sha256"]
         expected = functional.shapes(description.model)
         elements = sum(math.prod(shape.shape) for shape in jax.tree.leaves(expected))
         content = _read(folder / ARRAYS, 4 * elements + _LARGEST_HEADER)
@@ -129,6 +178,14 @@ def load(folder: Path) -> tuple[Variables, Description]:
         variables = to_float32(arrays, expected)
         if digests["variables"] != digest_of_arrays(variables._asdict()):
             raise ValueError("its arrays are not what was saved")
+    return Checkpoint(variables, description)
+
+
+@contextlib.contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    """Turns what is raised of broken files into a sentence that names their folder."""
+    try:
+        yield
     except InputError as error:
         raise InputError(f"{folder} can't be loaded: {error}") from None
     except _DAMAGE as error:
@@ -138,7 +195,6 @@ def load(folder: Path) -> tuple[Variables, Description]:
             f"{folder} is damaged ({reason}): install the package again, or restore the folder "
             "from a copy"
         ) from error
-    return variables, description
 
 
 def contents(
@@ -232,6 +288,15 @@ def _read(path: Path, limit: int) -> bytes:
     if len(content) > limit:
         raise ValueError(f"{path.name} is larger than such a network's can be")
     return content
+
+
+def _read_description(folder: Path) -> tuple[Description, dict[str, Any]]:
+    """Reads a network's description; the JSON values hold its figures and digests too."""
+    content = _read(folder / DESCRIPTION, _LARGEST_DESCRIPTION)
+    values, digests = checked(json.loads(content))
+    if not digests:
+        raise ValueError(f"{DESCRIPTION} has no digests")
+    return _usable(from_json(values, DESCRIPTION)), values | {"sha256": digests}
 
 
 def _usable(description: Description) -> Description:

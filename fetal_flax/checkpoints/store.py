@@ -12,8 +12,8 @@ the end of the third epoch, 3000017 an interruption 17 steps later. Saving is at
 a complete checkpoint into place, and ignores what is not. What comes back is what was saved:
 SHA-256 digests of arrays and description are in the description.
 
-`load` is the way to every network, whatever holds it: one of these folders, or one of the plain
-files that networks are shipped in (shipped.py), which may be given by its name.
+`load_checkpoint` is the way to every network, whatever holds it: one of these folders, or one of
+the plain files that networks are shipped in (shipped.py), which may be given by its name.
 """
 
 import contextlib
@@ -37,6 +37,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from fetal_flax.checkpoints import shipped
 from fetal_flax.checkpoints.description import (
+    Checkpoint,
     DamagedError,
     Description,
     Kind,
@@ -184,12 +185,25 @@ class TrainingCheckpoints:
         multihost_utils.sync_global_devices("damaged checkpoints put aside")
 
 
-def save(directory: Path, variables: Variables, description: Description) -> None:
-    """Saves variables that no training goes on from, such as converted ones; all or nothing.
+def save_checkpoint(directory: Path | str, checkpoint: Checkpoint) -> None:
+    """Saves what no training goes on from, such as a converted network; all or nothing.
+
+    Args:
+        directory: Folder to make, or one without a checkpoint; every command and `load_checkpoint`
+            take it then.
+        checkpoint: What to save.
 
     Raises:
         InputError: The directory already holds a checkpoint, or can't be written.
+
+    Example:
+        >>> checkpoint = ff.load_checkpoint("runs/hc18")
+        >>> ff.save_checkpoint("copy", checkpoint)
+        >>> ff.load_checkpoint("copy").config == checkpoint.config
+        True
     """
+    directory = Path(directory)
+    variables, description = checkpoint
     folder = directory / FOLDER
     if folder.exists():
         raise InputError(f"{directory} already holds a checkpoint: choose another --output")
@@ -208,9 +222,9 @@ def save(directory: Path, variables: Variables, description: Description) -> Non
         raise
 
 
-def load(
+def load_checkpoint(
     source: Path | str, *, kinds: Sequence[Kind] = ("network",), last: bool = False
-) -> tuple[Variables, Description]:
+) -> Checkpoint:
     """Loads a run's best checkpoint, a converted one, or a shipped network.
 
     Args:
@@ -218,9 +232,19 @@ def load(
         kinds: What it may be.
         last: Of a run, the last checkpoint instead of the best.
 
+    Returns:
+        The variables as float32 arrays on the first device, and what the checkpoint says of them.
+
     Raises:
         InputError: There is no checkpoint, it can't be read, it holds an encoder where a network
             is wanted, or the name of a shipped network is a folder's with a checkpoint, too.
+
+    Example:
+        >>> checkpoint = ff.load_checkpoint("runs/hc18")
+        >>> checkpoint.config.title, checkpoint.image_size
+        ('unet', (64, 96))
+        >>> sum(array.size for array in checkpoint.variables.params.values())
+        30715
     """
     directory = locate(source)
     if shipped.exists(directory) and not exists(directory):
@@ -232,20 +256,21 @@ def load(
                 f"{directory} holds an encoder alone: train a network on it with "
                 f"--encoder.weights {directory}"
             )
-        return _load(manager, number, _shapes(description), directory), description
+        variables = _load(manager, number, _shapes(description), directory)
+        return Checkpoint(variables, description)
 
 
 def load_encoder(source: Path | str, expected: Variables) -> Variables:
     """Loads the encoder of a converted encoder or of a whole network.
 
     Args:
-        source: As of `load`.
+        source: As of `load_checkpoint`.
         expected: Shapes to load.
 
     Raises:
         InputError: There is no checkpoint, it can't be read, or the shapes differ.
     """
-    variables, _ = load(source, kinds=("network", "encoder"))
+    variables, _ = load_checkpoint(source, kinds=("network", "encoder"))
     loaded = functional.encoder_part(variables)
     for ours, theirs in zip(expected, loaded, strict=True):
         differing = [n for n in ours if n not in theirs or ours[n].shape != theirs[n].shape]

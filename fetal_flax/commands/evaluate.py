@@ -28,7 +28,7 @@ class Evaluate:
         from fetal_flax.reporting.headline import headline
 
         metrics = evaluate(
-            self.checkpoint, self.output, data_dir=self.data_dir, split=self.split, tta=self.tta
+            self.checkpoint, self.data_dir, output=self.output, split=self.split, tta=self.tta
         )
         print(headline(metrics, self.output))
         return 0

@@ -10,7 +10,7 @@ from fetal_flax import checkpoints
 from fetal_flax.config import ModelConfig
 from fetal_flax.conversion.names import ENCODER, TABLES, find
 from fetal_flax.conversion.reader import read_state_dict
-from fetal_flax.conversion.transfer import from_torch, is_float
+from fetal_flax.conversion.transfer import from_state_dict, is_float
 from fetal_flax.errors import InputError, printable
 from fetal_flax.models import functional
 from fetal_flax.models.aspp import WIDTH_UNIT
@@ -78,7 +78,7 @@ def convert_state_dict(
                 f"{channels}: only torchvision's encoder can change, so leave channels as they are"
             )
     title = "torchvision's mobilenet_v2" if layout == ENCODER else model.title
-    variables = from_torch(tensors, TABLES[layout], expected, source=source, network=title)
+    variables = from_state_dict(tensors, TABLES[layout], expected, source=source, network=title)
     return Network("encoder" if layout == ENCODER else "network", model, variables)
 
 

@@ -10,7 +10,7 @@ from fetal_flax.errors import InputError, printable
 from fetal_flax.models.functional import Variables
 
 
-def from_torch(
+def from_state_dict(
     tensors: Mapping[str, np.ndarray],
     table: Table,
     expected: Variables,
@@ -65,8 +65,8 @@ def from_torch(
     )
 
 
-def to_torch(variables: Variables, table: Table) -> Tensors:
-    """Returns variables under PyTorch's names and in its layout; exact inverse of `from_torch`.
+def to_state_dict(variables: Variables, table: Table) -> Tensors:
+    """Returns variables under PyTorch's names and in its layout: the inverse of `from_state_dict`.
 
     Batch norms' `num_batches_tracked`, which nothing reads, is not there: PyTorch's
     `load_state_dict` fills it in by itself.

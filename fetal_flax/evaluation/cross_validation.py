@@ -36,7 +36,7 @@ def cross_validate(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     runs = [fold_folder(workdir, fold) for fold in folds]
     for fold, run in zip(folds, runs, strict=True):
         train(with_fold(config, fold), run, resume=(run / "config.json").exists())
-    measured = _joined(workdir, [measure(run, workdir, split="validation") for run in runs])
+    measured = _joined(workdir, [measure(run, output=workdir, split="validation") for run in runs])
     return write_results(workdir, measured, curves=[run / "curves.png" for run in runs])
 
 
@@ -74,10 +74,10 @@ def _joined(workdir: Path, folds: Sequence[Measured]) -> Measured:
         indices=[index for measured in folds for index in measured.indices],
         rows=rows,
         heads=[head for measured in folds for head in measured.heads],
-        run={
-            **folds[0].run,
+        settings={
+            **folds[0].settings,
             "checkpoint": str(workdir),
-            "epoch": [measured.run["epoch"] for measured in folds],
+            "epoch": [measured.settings["epoch"] for measured in folds],
             "split": f"each of {len(folds)} folds",
         },
     )

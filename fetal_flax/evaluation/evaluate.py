@@ -5,20 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fetal_flax import checkpoints
 from fetal_flax._util.console import track
-from fetal_flax.checkpoints import Description, shipped
+from fetal_flax.checkpoints import Checkpoint, Description, load_checkpoint, locate, shipped
 from fetal_flax.config import DataConfig, TestTimeAugmentation, from_dict, to_dict
 from fetal_flax.data import splits
 from fetal_flax.data.datasets import Dataset, Record, open_dataset
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
-from fetal_flax.inference.assessment import assess
-from fetal_flax.inference.segmenter import (
-    Predictor,
-    Views,
-    mean_logits,
-)
+from fetal_flax.inference.assessment import Measurement
+from fetal_flax.inference.segmenter import Segmenter
 from fetal_flax.measurement.ellipse_overlap import ellipse_metrics
 from fetal_flax.measurement.gestational_age import trimester
 from fetal_flax.measurement.head import OUTLINE_PX, Head, largest_region
@@ -26,14 +21,14 @@ from fetal_flax.measurement.overlap import segmentation_metrics
 from fetal_flax.measurement.surface import surface_distances
 from fetal_flax.reporting import pictures
 from fetal_flax.reporting.html import WORST_CASES, WorstCase, write_report
-from fetal_flax.reporting.tables import Row, write_mask, write_metrics
+from fetal_flax.reporting.tables import Row, summarize, write_mask, write_metrics
 
 SplitName = Literal["train", "validation", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A network's results on images of a data set; their masks are written."""
+    """A network's results on images of a data set."""
 
     dataset: Dataset
     indices: Sequence[int]
@@ -42,51 +37,67 @@ class Measured:
     """One for each of `indices`."""
     heads: Sequence[Head | None]
     """What was measured in each mask."""
-    run: Mapping[str, Any]
+    settings: Mapping[str, Any]
     """What was evaluated, as JSON values."""
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The settings, and the names of the images in which no head was found."""
+        heads = zip(self.rows, self.heads, strict=True)
+        return {**self.settings, "missed": [row.name for row, head in heads if head is None]}
 
 
 def evaluate(
-    checkpoint: Path,
-    output: Path,
+    checkpoint: Path | str | Checkpoint,
+    data_dir: Path | str | None = None,
     *,
-    data_dir: Path | None = None,
+    output: Path | str | None = None,
     split: SplitName = "all",
     tta: TestTimeAugmentation = "none",
 ) -> dict[str, Any]:
     """Segments annotated images and measures how well ellipses, masks and circumferences match.
 
-    Writes `masks/NAME.png` (native size, 0 or 255), `per_image.csv`, `metrics.json` and
-    `report.html`, and overwrites files of these names. In `metrics.json`, `run` says what was
+    With `output`, writes `masks/NAME.png` (native size, 0 or 255), `per_image.csv`, `metrics.json`
+    and `report.html`, and overwrites files of these names. In `metrics.json`, `run` says what was
     evaluated. A head that was missed counts with the worst value of every metric (a circumference
     of 0) and is listed.
 
     Args:
-        checkpoint: Training workdir, converted directory, or a shipped network's name.
-        output: Folder for the results; created if needed.
+        checkpoint: Training workdir, converted directory, a shipped network's name, or what
+            `load_checkpoint` returned.
         data_dir: HC18 folder; None takes the data set that the checkpoint was trained with.
+        output: Folder for the results, created if needed; None writes nothing.
         split: Which side of the training run's own split; `all` includes the images that the
             network was trained with, where the run had them.
         tta: `flip` averages the probabilities with those of the mirror image.
 
     Returns:
-        What `metrics.json` holds.
+        What `metrics.json` holds: `n`; of each metric `mean`, `std`, `median` and `ci95`, such as
+        `dice`, `hausdorff_mm`, `hc_error_mm` and `ellipse_dice` (docs/measurement.md says what
+        they are); the same by trimester; and `run`.
 
     Raises:
         InputError: `checkpoint` holds no network, or has no `split.json`, or was trained on all
             images, where a side of the split is asked for; the data set isn't given, can't be used
             or lacks images of the split; or a result can't be written.
+
+    Example:
+        >>> metrics = ff.evaluate("runs/hc18", "HC18")
+        >>> metrics["n"], metrics["dice"]["mean"] > 0.98, metrics["run"]["missed"]
+        (2, True, [])
     """
-    measured = measure(checkpoint, output, data_dir=data_dir, split=split, tta=tta)
-    curves = checkpoints.locate(checkpoint) / "curves.png"
-    return write_results(output, measured, curves=[curves] if curves.is_file() else [])
+    measured = measure(checkpoint, data_dir, output=output, split=split, tta=tta)
+    if output is None:
+        return summarize(measured.rows, run=measured.run)
+    curves = [] if isinstance(checkpoint, Checkpoint) else [locate(checkpoint) / "curves.png"]
+    return write_results(output, measured, curves=[path for path in curves if path.is_file()])
 
 
 def measure(
-    checkpoint: Path,
-    output: Path,
+    checkpoint: Path | str | Checkpoint,
+    data_dir: Path | str | None = None,
     *,
-    data_dir: Path | None = None,
+    output: Path | str | None = None,
     split: SplitName = "all",
     tta: TestTimeAugmentation = "none",
 ) -> Measured:
@@ -94,37 +105,42 @@ def measure(
 
     The arguments and errors are those of `evaluate`.
     """
-    variables, description = checkpoints.load(checkpoint)
-    folder = checkpoints.locate(checkpoint)
+    if isinstance(checkpoint, Checkpoint):
+        loaded, folder, name = checkpoint, None, checkpoint.metadata.title
+    else:
+        loaded, folder, name = load_checkpoint(checkpoint), locate(checkpoint), str(checkpoint)
+    description = loaded.metadata
     if split != "all":
         _check_has_split(folder, description, split)
-    data, seed = _data_settings(checkpoint, description, data_dir)
+    data, seed = _data_settings(name, description, data_dir)
     dataset = open_dataset(data, seed)
-    indices = _indices(folder, dataset, split)
-    predictor = Predictor(description.model, variables, description.image_size, tta=tta)
-    outline_px = OUTLINE_PX[description.dataset]
+    indices = range(len(dataset)) if folder is None else _indices(folder, dataset, split)
     rows, heads = [], []
-    records = map(dataset.record, track(indices, "Evaluating"))
-    for record, views in predictor.segment(records, lambda record: record.image):
-        row, head = _measure_record(output, record, views, outline_px)
-        rows.append(row)
-        heads.append(head)
-    run = {
-        "checkpoint": str(checkpoint),
+    for record, measurement in Segmenter(loaded, tta=tta).measure_each(
+        map(dataset.record, track(indices, "Evaluating")),
+        lambda record: record.image,
+        lambda record: record.pixel_size_mm,
+    ):
+        if output is not None:
+            write_mask(Path(output) / "masks" / f"{record.name}.png", measurement.mask)
+        rows.append(_row(record, measurement))
+        heads.append(measurement.head)
+    settings = {
+        "checkpoint": name,
         "epoch": _epoch(description),
         "split": split,
         "dataset": data.dataset,
         "data_dir": data.data_dir,
         "image_size": list(description.image_size),
         "tta": tta,
-        "outline_px": outline_px,
+        "outline_px": OUTLINE_PX[description.dataset],
         "model": to_dict(description.model),
     }
-    return Measured(dataset, indices, rows, heads, run)
+    return Measured(dataset, indices, rows, heads, settings)
 
 
 def write_results(
-    output: Path, measured: Measured, *, curves: Sequence[Path] = ()
+    output: Path | str, measured: Measured, *, curves: Sequence[Path] = ()
 ) -> dict[str, Any]:
     """Writes `metrics.json`, `per_image.csv` and `report.html` beside the masks.
 
@@ -139,29 +155,25 @@ def write_results(
     Raises:
         InputError: There are no images, or a file can't be written.
     """
-    rows = measured.rows
-    missed = [row.name for row, head in zip(rows, measured.heads, strict=True) if head is None]
-    metrics = write_metrics(output, rows, run={**measured.run, "missed": missed})
+    output, rows = Path(output), measured.rows
+    metrics = write_metrics(output, rows, run=measured.run)
     cases = _worst_cases(output, measured)
     pictures_of_curves = [path.read_bytes() for path in curves]
     write_report(output / "report.html", metrics, rows, cases, curves=pictures_of_curves)
     return metrics
 
 
-def _measure_record(
-    output: Path, record: Record, views: Views, outline_px: float
-) -> tuple[Row, Head | None]:
-    """Writes one image's mask and returns its row and the head that was found."""
-    mask, head, quality = assess(mean_logits(views), record.image.shape, outline_px=outline_px)
-    write_mask(output / "masks" / f"{record.name}.png", mask)
+def _row(record: Record, measurement: Measurement) -> Row:
+    """Returns how well a measurement matches the annotation of its image."""
+    mask, head = measurement.mask, measurement.head
     truth, pixel_size, reference = (
         record.mask > 0,
         record.pixel_size_mm,
         record.head_circumference_mm,
     )
-    circumference = head.in_mm(pixel_size).circumference if head else 0.0
+    circumference = measurement.hc_mm or 0.0
     error = circumference - reference
-    row = Row(
+    return Row(
         record.name,
         ellipse_metrics(head, truth, pixel_size)
         | {"hc_error_mm": error, "hc_abs_error_mm": abs(error)}
@@ -175,11 +187,10 @@ def _measure_record(
             "touches_border": bool(head and head.touches_border),
             "components": head.components if head else largest_region(mask)[1],
             "ellipse_agreement": head.ellipse_agreement if head else 0.0,
-            "confidence": quality.confidence,
-            "flags": " ".join(quality.flags),
+            "confidence": measurement.quality.confidence,
+            "flags": " ".join(measurement.flags),
         },
     )
-    return row, head
 
 
 def _worst_cases(output: Path, measured: Measured) -> list[WorstCase]:
@@ -197,7 +208,12 @@ def _worst_cases(output: Path, measured: Measured) -> list[WorstCase]:
     return cases
 
 
-def _check_has_split(folder: Path, description: Description, split: str) -> None:
+def _check_has_split(folder: Path | None, description: Description, split: str) -> None:
+    if folder is None:
+        raise InputError(
+            f"a checkpoint in memory has no split.json, so it has no {split} images: give its "
+            'folder, or take split="all"'
+        )
     if description.progress.get(shipped.TRAINED_ON) == shipped.ALL_IMAGES:
         raise InputError(
             f"{folder} was trained on all images and left none out, so it has no {split} images "
@@ -211,7 +227,7 @@ def _check_has_split(folder: Path, description: Description, split: str) -> None
 
 
 def _data_settings(
-    checkpoint: Path, description: Description, data_dir: Path | None
+    checkpoint: str, description: Description, data_dir: Path | str | None
 ) -> tuple[DataConfig, int]:
     """Returns the data settings and the seed that phantoms are drawn with."""
     config = description.config

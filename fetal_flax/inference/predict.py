@@ -1,27 +1,18 @@
 """`fetal-flax predict`: masks, overlays and measurements of an image or of a folder of images."""
 
 import dataclasses
-import functools
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from fetal_flax import checkpoints
 from fetal_flax._util.files import csv_bytes, write_atomically
 from fetal_flax.config import TestTimeAugmentation
-from fetal_flax.inference.assessment import Assessment, assess
-from fetal_flax.inference.segmenter import (
-    NetworkLogits,
-    Predictor,
-    Views,
-    mean_logits,
-)
+from fetal_flax.inference.assessment import Measurement
+from fetal_flax.inference.segmenter import load
 from fetal_flax.inference.sources import Source, find_files, pixel_sizes, read_sources
-from fetal_flax.measurement.gestational_age import gestational_age
-from fetal_flax.measurement.head import OUTLINE_PX, largest_region
+from fetal_flax.measurement.head import largest_region
 from fetal_flax.measurement.overlap import segmentation_metrics
 from fetal_flax.reporting import pictures
 from fetal_flax.reporting.tables import write_mask
@@ -61,16 +52,6 @@ class PredictReport:
     """Those of them that a person should look at."""
     failed: tuple[str, ...]
     """A sentence for each file that couldn't be read, which names it."""
-
-
-class MeasuredImage(NamedTuple):
-    """An image and what the network sees in it."""
-
-    source: Source
-    logits: NetworkLogits
-    assessment: Assessment
-    views: tuple[Assessment, ...]
-    """Of the image and of its mirror image, each by itself; empty without `flip`."""
 
 
 def predict(
@@ -114,7 +95,7 @@ def predict(
     rows: list[dict[str, object]] = []
     flagged: list[str] = []
     failed: list[str] = []
-    for image in measured_images(
+    for image, measurement in measured_sources(
         checkpoint,
         source,
         failed,
@@ -122,17 +103,17 @@ def predict(
         pixel_size_mm=pixel_size_mm,
         tta=tta,
     ):
-        _write(output, image, save_logits=save_logits)
-        rows.append(_measurements(image))
-        if image.assessment.quality.flags:
-            flagged.append(image.source.name)
+        _write(output, image, measurement, save_logits=save_logits)
+        rows.append(_row(image.name, measurement))
+        if measurement.flags:
+            flagged.append(image.name)
     if rows:
         table = [MEASUREMENTS, *([row.get(name, "") for name in MEASUREMENTS] for row in rows)]
         write_atomically(output / "measurements.csv", csv_bytes(table))
     return PredictReport(tuple(str(row["name"]) for row in rows), tuple(flagged), tuple(failed))
 
 
-def measured_images(
+def measured_sources(
     checkpoint: Path,
     source: Path,
     failed: list[str],
@@ -140,7 +121,7 @@ def measured_images(
     pixel_size_csv: Path | None = None,
     pixel_size_mm: float | None = None,
     tta: TestTimeAugmentation = "none",
-) -> Iterator[MeasuredImage]:
+) -> Iterator[tuple[Source, Measurement]]:
     """Yields each image with what the network sees in it.
 
     Args:
@@ -156,36 +137,29 @@ def measured_images(
     """
     paths = find_files(source)
     sizes = pixel_sizes(paths, pixel_size_csv, pixel_size_mm)
-    variables, description = checkpoints.load(checkpoint)
-    predictor = Predictor(description.model, variables, description.image_size, tta=tta)
-    outline_px = OUTLINE_PX[description.dataset]
-    readable = read_sources(paths, sizes, failed)
-    for image, views in predictor.segment(readable, lambda source: source.image):
-        yield _measure(image, views, outline_px)
+    segmenter = load(checkpoint, tta=tta)
+    return segmenter.measure_each(
+        read_sources(paths, sizes, failed),
+        lambda source: source.image,
+        lambda source: source.pixel_size_mm,
+    )
 
 
-def _measure(source: Source, views: Views, outline_px: float) -> MeasuredImage:
-    assess_view = functools.partial(assess, shape=source.image.shape, outline_px=outline_px)
-    logits = mean_logits(views)
-    each = tuple(map(assess_view, views)) if len(views) > 1 else ()
-    return MeasuredImage(source, logits, assess_view(logits), each)
-
-
-def _measurements(image: MeasuredImage) -> dict[str, object]:
+def _row(name: str, measurement: Measurement) -> dict[str, object]:
     """Returns a row of `MEASUREMENTS`; what isn't known is absent."""
-    pixel_size, (mask, head, quality) = image.source.pixel_size_mm, image.assessment
+    head, pixel_size = measurement.head, measurement.pixel_size_mm
     row: dict[str, object] = {
-        "name": image.source.name,
-        "confidence": quality.confidence,
-        "flags": " ".join(quality.flags),
+        "name": name,
+        "confidence": measurement.quality.confidence,
+        "flags": " ".join(measurement.flags),
     }
     if pixel_size:
         row["pixel_size_mm"] = pixel_size
-    if image.views:
-        direct, mirrored = image.views
+    if measurement.views:
+        direct, mirrored = measurement.views
         row["tta_dice"] = segmentation_metrics(mirrored.mask, direct.mask)["dice"]
     if head is None:
-        _, components = largest_region(mask)
+        _, components = largest_region(measurement.mask)
         return row | {"components": components}
     ellipse = head.ellipse
     row |= {
@@ -200,30 +174,27 @@ def _measurements(image: MeasuredImage) -> dict[str, object]:
     }
     if not pixel_size:
         return row
-    size = head.in_mm(pixel_size)
     row |= {
-        "hc_mm": size.circumference,
-        "bpd_mm": size.biparietal_diameter,
-        "ofd_mm": size.occipitofrontal_diameter,
+        "hc_mm": measurement.hc_mm,
+        "bpd_mm": measurement.bpd_mm,
+        "ofd_mm": measurement.ofd_mm,
     }
-    heads = [view.head for view in image.views if view.head]
-    if len(heads) == 2:
-        direct, mirrored = (head.in_mm(pixel_size).circumference for head in heads)
-        row["tta_hc_spread_mm"] = abs(direct - mirrored)
-    if age := gestational_age(size.circumference):
+    circumferences = [view.hc_mm for view in measurement.views if view.hc_mm is not None]
+    if len(circumferences) == 2:
+        row["tta_hc_spread_mm"] = abs(circumferences[0] - circumferences[1])
+    if age := measurement.gestational_age:
         row |= {"ga_weeks": age.weeks, "ga_low_weeks": age.low, "ga_high_weeks": age.high}
     return row
 
 
-def _write(output: Path, image: MeasuredImage, *, save_logits: bool) -> None:
-    name = image.source.name
-    mask, head, _ = image.assessment
+def _write(output: Path, source: Source, measurement: Measurement, *, save_logits: bool) -> None:
+    name, mask = source.name, measurement.mask
     write_mask(output / "masks" / f"{name}.png", mask)
-    drawn = pictures.overlay(image.source.image, prediction=mask)
-    if head:
-        drawn = pictures.draw_ellipse(drawn, head.ellipse)
+    drawn = pictures.overlay(source.image, prediction=mask)
+    if measurement.head:
+        drawn = pictures.draw_ellipse(drawn, measurement.head.ellipse)
     pictures.write_png(output / "overlays" / f"{name}.png", drawn)
     if save_logits:
         npy = io.BytesIO()
-        np.save(npy, image.logits)
+        np.save(npy, measurement.logits)
         write_atomically(output / "logits" / f"{name}.npy", npy.getvalue())

@@ -1,59 +1,73 @@
 """A trained network applied to images of any size."""
 
+import functools
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32, UInt8
-from scipy.special import log_expit
+from jaxtyping import Bool, UInt8
 
-from fetal_flax import checkpoints
-from fetal_flax.config import ModelConfig, TestTimeAugmentation
+from fetal_flax.checkpoints import Checkpoint, load_checkpoint
+from fetal_flax.config import TestTimeAugmentation
 from fetal_flax.data.images import resize_image
+from fetal_flax.errors import InputError
+from fetal_flax.inference.assessment import (
+    Measurement,
+    NetworkLogits,
+    Views,
+    assess,
+    mean_logits,
+    native_mask,
+)
+from fetal_flax.inference.sources import Image, check_image, check_pixel_size, read_image
+from fetal_flax.measurement.head import OUTLINE_PX
 from fetal_flax.models import functional
 from fetal_flax.models.convolution import compiler_options
-from fetal_flax.models.functional import Arrays, Variables
+from fetal_flax.models.functional import Arrays
 
-Image = UInt8[np.ndarray, "height width"]
-NetworkLogits = Float32[np.ndarray, "network_height network_width"]
-Views = Float32[np.ndarray, "views network_height network_width"]
-"""An image's logits, one map for each way that the network saw it; mirror images mirrored back."""
 Item = TypeVar("Item")
+_MISSING: Any = object()
 
 
-class Predictor:
-    """Segments grey images: resize, network, back to each image's own size.
+class Segmenter:
+    """A trained network that segments and measures grey images of any size.
+
+    Images are resized to the network's size, and its logits back to each image's own.
 
     Args:
-        model: The network.
-        variables: Its parameters and batch statistics.
-        image_size: Height and width that the network sees.
+        checkpoint: The network: what `load_checkpoint` or `from_torch` returned.
         batch_size: Images per call of the network.
         tta: Test-time augmentation: `flip` shows the network each image's mirror image too.
+
+    Example:
+        >>> segmenter = ff.Segmenter(ff.load_checkpoint("runs/hc18"), batch_size=4)
+        >>> [mask] = segmenter.masks([image])
+        >>> mask.shape == image.shape, mask.dtype
+        (True, dtype('bool'))
     """
 
     def __init__(
         self,
-        model: ModelConfig,
-        variables: Variables,
-        image_size: tuple[int, int],
+        checkpoint: Checkpoint,
         *,
         batch_size: int = 16,
         tta: TestTimeAugmentation = "none",
     ):
-        self._arrays = functional.fold(model, variables)
-        self._image_size = image_size
+        config = checkpoint.config
+        self._arrays = functional.fold(config, checkpoint.variables)
+        self._image_size = checkpoint.image_size
+        self._outline_px = OUTLINE_PX[checkpoint.metadata.dataset]
         self._batch_size = batch_size
-        self._channels = model.in_channels
+        self._channels = config.in_channels
 
         def logits(arrays: Arrays, images: jax.Array) -> jax.Array:
             scaled = images.astype(jnp.float32) / 255
-            return functional.infer(model, arrays, scaled)[..., 0]
+            return functional.infer(config, arrays, scaled)[..., 0]
 
         def views(arrays: Arrays, images: jax.Array) -> jax.Array:
             seen = [logits(arrays, images)]
@@ -63,41 +77,105 @@ class Predictor:
 
         self._views = jax.jit(views, compiler_options=compiler_options())
 
-    def call(
-        self, images: UInt8[jax.Array, "batch height width channels"]
-    ) -> tuple[jax.stages.Wrapped, tuple[Arrays, jax.Array]]:
-        """Returns the function and the arguments that images of the network's size are run with.
+    def measure(self, image: Image, pixel_size_mm: float | None = None) -> Measurement:
+        """Segments an image and measures the head in it.
 
-        For measuring what the network alone takes.
-        """
-        return self._views, (self._arrays, images)
-
-    @classmethod
-    def from_checkpoint(cls, directory: Path | str, *, batch_size: int = 16) -> "Predictor":
-        """Loads a training workdir's best checkpoint, a converted or a shipped network.
+        Args:
+            image: Grey, uint8, (height, width), any size.
+            pixel_size_mm: Side of a (square) pixel in mm; None measures in pixels alone.
 
         Raises:
-            InputError: There is no network in `directory`.
-        """
-        variables, description = checkpoints.load(directory)
-        return cls(description.model, variables, description.image_size, batch_size=batch_size)
+            InputError: The image or the pixel size is none.
 
-    def views(self, images: Iterable[Image]) -> Iterator[Views]:
-        """Yields each image's logits at the network's size, before the sigmoid.
-
-        Images are taken a batch at a time, when the first logits of the batch are asked for.
+        Example:
+            >>> result = ff.load("hc18-compact").measure(image, pixel_size_mm=0.5)
+            >>> f"{result.hc_mm:.0f} mm"
+            '178 mm'
         """
-        resized = (resize_image(image, self._image_size) for image in images)
-        size = 0
-        while part := list(itertools.islice(resized, self._batch_size)):
-            # One shape for all calls, so that the network compiles once.
-            size = size or len(part)
-            padding = [np.zeros_like(part[0])] * (size - len(part))
-            batch = np.stack(part + padding)[..., None].repeat(self._channels, axis=-1)
-            yield from np.asarray(self._views(self._arrays, batch))[: len(part)]
+        (result,) = self.measure_all([image], pixel_sizes_mm=pixel_size_mm)
+        return result
+
+    def measure_all(
+        self,
+        images: Iterable[Image | str | os.PathLike[str]],
+        *,
+        pixel_sizes_mm: float | Iterable[float | None] | None = None,
+    ) -> Iterator[Measurement]:
+        """Yields the measurement of each image, in order, holding no more than a batch of them.
+
+        Args:
+            images: Grey images, uint8, (height, width), of any sizes, or files as of `read_image`.
+            pixel_sizes_mm: Side of a pixel in mm: one for all images, or one for each (None where
+                it isn't known); without it, what the files tell.
+
+        Raises:
+            InputError: An image or a pixel size is none, or there are not as many sizes as images;
+                raised when its turn comes.
+
+        Example:
+            >>> segmenter = ff.load("hc18-compact")
+            >>> for result in segmenter.measure_all(["scan.png", "scan.png"], pixel_sizes_mm=0.5):
+            ...     print(f"{result.hc_mm:.0f} mm", result.flags)
+            178 mm ()
+            178 mm ()
+        """
+        pairs = _with_pixel_sizes(images, pixel_sizes_mm)
+        measured = self.measure_each(pairs, lambda pair: pair[0], lambda pair: pair[1])
+        return (measurement for _, measurement in measured)
+
+    def measure_each(
+        self,
+        items: Iterable[Item],
+        image: Callable[[Item], Image],
+        pixel_size_mm: Callable[[Item], float | None],
+    ) -> Iterator[tuple[Item, Measurement]]:
+        """Yields each item with the measurement of its image, holding no more than a batch of them.
+
+        Args:
+            items: Whatever comes with the images: records, names and images.
+            image: Returns an item's image.
+            pixel_size_mm: Returns the side of its pixels, or None.
+        """
+        for item, views in self.segment(items, image):
+            view = functools.partial(
+                assess,
+                shape=image(item).shape,
+                outline_px=self._outline_px,
+                pixel_size_mm=pixel_size_mm(item),
+            )
+            each = tuple(map(view, views)) if len(views) > 1 else ()
+            yield item, view(mean_logits(views), views=each)
+
+    def masks(self, images: Iterable[Image]) -> list[Bool[np.ndarray, "height width"]]:
+        """Returns each image's mask at its own size: True where the head is.
+
+        Args:
+            images: Grey, uint8, (height, width), of any sizes.
+
+        Example:
+            >>> [mask] = ff.load("hc18-compact").masks([image])
+            >>> bool(mask[90, 120]), bool(mask[0, 0])
+            (True, False)
+        """
+        return [
+            native_mask(mean_logits(views), image.shape)
+            for image, views in self.segment(images, lambda image: image)
+        ]
 
     def logits(self, images: Iterable[Image]) -> Iterator[NetworkLogits]:
-        """Yields each image's logits, those of the mean probability where there are two views."""
+        """Yields each image's logits, those of the mean probability where there are two views.
+
+        Args:
+            images: Grey, uint8, (height, width), of any sizes.
+
+        Returns:
+            float32 at the network's size, before the sigmoid.
+
+        Example:
+            >>> [logits] = ff.load("hc18-compact").logits([image])
+            >>> logits.shape
+            (64, 96)
+        """
         return map(mean_logits, self.views(images))
 
     def segment(
@@ -112,31 +190,67 @@ class Predictor:
         kept, taken = itertools.tee(items)
         return zip(kept, self.views(image(item) for item in taken), strict=True)
 
-    def masks(self, images: Iterable[Image]) -> list[Bool[np.ndarray, "height width"]]:
-        """Returns each image's mask at its own size."""
-        return [
-            native_mask(mean_logits(views), image.shape)
-            for image, views in self.segment(images, lambda image: image)
-        ]
+    def views(self, images: Iterable[Image]) -> Iterator[Views]:
+        """Yields each image's logits at the network's size, before the sigmoid.
+
+        Images are taken a batch at a time, when the first logits of the batch are asked for.
+        """
+        resized = (resize_image(check_image(image), self._image_size) for image in images)
+        size = 0
+        while part := list(itertools.islice(resized, self._batch_size)):
+            # One shape for all calls, so that the network compiles once.
+            size = size or len(part)
+            padding = [np.zeros_like(part[0])] * (size - len(part))
+            batch = np.stack(part + padding)[..., None].repeat(self._channels, axis=-1)
+            yield from np.asarray(self._views(self._arrays, batch))[: len(part)]
+
+    def call(
+        self, images: UInt8[jax.Array, "batch height width channels"]
+    ) -> tuple[jax.stages.Wrapped, tuple[Arrays, jax.Array]]:
+        """Returns the function and the arguments that images of the network's size are run with.
+
+        For measuring what the network alone takes.
+        """
+        return self._views, (self._arrays, images)
 
 
-def mean_logits(views: Views) -> NetworkLogits:
-    """Returns the logits of the views' mean probability.
+def load(
+    source: Path | str, *, batch_size: int = 16, tta: TestTimeAugmentation = "none"
+) -> Segmenter:
+    """Loads a trained network, ready to measure.
 
-    Without a detour through probabilities, which round to 0 or 1 where the network is sure.
+    Args:
+        source: A shipped network's name (`list_networks`), a training workdir (its best
+            checkpoint), or a converted directory.
+        batch_size: Images per call of the network.
+        tta: Test-time augmentation: `flip` averages each image's probabilities with those of its
+            mirror image.
+
+    Raises:
+        InputError: There is no network, or it can't be read.
+
+    Example:
+        >>> image, pixel_size_mm = ff.read_image("scan.png")
+        >>> result = ff.load("hc18-compact").measure(image, pixel_size_mm or 0.5)
+        >>> f"{result.hc_mm:.0f} mm"
+        '178 mm'
     """
-    if len(views) == 1:
-        return views[0]
-    # The divisor of both means cancels.
-    return np.logaddexp.reduce(log_expit(views)) - np.logaddexp.reduce(log_expit(-views))
+    return Segmenter(load_checkpoint(source), batch_size=batch_size, tta=tta)
 
 
-def native_mask(logits: NetworkLogits, shape: tuple[int, int]) -> Bool[np.ndarray, "height width"]:
-    """Returns the mask at `shape`, height and width, that logits at the network's size give.
-
-    The head is where the probability is above 0.5. The logits are resized, bilinearly, and then
-    thresholded: a mask resized after the threshold would have steps as large as the network's
-    pixels.
-    """
-    height, width = shape
-    return cv2.resize(logits, (width, height), interpolation=cv2.INTER_LINEAR) > 0
+def _with_pixel_sizes(
+    images: Iterable[Image | str | os.PathLike[str]],
+    pixel_sizes_mm: float | Iterable[float | None] | None,
+) -> Iterator[tuple[Image, float | None]]:
+    """Yields images, read where they are files, with their pixel sizes."""
+    if isinstance(pixel_sizes_mm, Iterable):
+        pairs = itertools.zip_longest(images, pixel_sizes_mm, fillvalue=_MISSING)
+    else:
+        pairs = ((image, pixel_sizes_mm) for image in images)
+    for image, given in pairs:
+        if image is _MISSING or given is _MISSING:
+            raise InputError("there are not as many pixel_sizes_mm as images: give one for each")
+        told = None
+        if isinstance(image, (str, os.PathLike)):
+            image, told = read_image(image)
+        yield image, told if given is None else check_pixel_size(given)

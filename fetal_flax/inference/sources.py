@@ -1,15 +1,21 @@
-"""The images that `predict` and `submission` are given: which files, their names, their pixels."""
+"""Images to measure: which files, their names, their pixels."""
 
+import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
 
 from fetal_flax._util.console import track
 from fetal_flax.data import dicom
 from fetal_flax.data.hc18 import MOST_MM, read_pixel_sizes
 from fetal_flax.data.images import check_is_file, read_gray
 from fetal_flax.errors import InputError, printable
-from fetal_flax.inference.segmenter import Image
+
+Image = UInt8[np.ndarray, "height width"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", *dicom.SUFFIXES)
 """Endings of the files that are taken as images, in lower case; DICOM files need none."""
@@ -28,6 +34,73 @@ class Source(NamedTuple):
     image: Image
     pixel_size_mm: float | None
     """None where neither the CSV nor the file tells it."""
+
+
+def read_image(
+    path: str | os.PathLike[str], *, frame: int | None = None
+) -> tuple[Image, float | None]:
+    """Reads an image file, and how large its pixels are where it tells.
+
+    Args:
+        path: PNG, JPEG, BMP, TIFF or DICOM (which needs the extra `dicom`). Colour becomes grey,
+            16 bits become 8.
+        frame: Which frame of a DICOM file that holds several, counted from 0.
+
+    Returns:
+        The grey image, uint8, (height, width), and the side of a pixel in mm; None for all but
+        DICOM files, and where one has no calibration.
+
+    Raises:
+        InputError: There is no such file or frame, it is no image, it can't be read, or it holds
+            several frames and none is named.
+
+    Example:
+        >>> image, pixel_size_mm = ff.read_image("scan.png")
+        >>> image.shape, image.dtype, pixel_size_mm
+        ((180, 240), dtype('uint8'), None)
+    """
+    path = Path(path)
+    sources = itertools.islice(_read(path, None), frame or 0, None)
+    source = next(sources, None)
+    if source is None:
+        raise InputError(f"{path} has no frame {frame}: count from 0")
+    if frame is None and next(sources, None) is not None:
+        raise InputError(f"{path} holds several frames: name one, such as frame=0")
+    return source.image, source.pixel_size_mm
+
+
+def check_image(image: Image, name: str = "an image") -> Image:
+    """Returns the image.
+
+    Args:
+        image: To be measured.
+        name: How errors name it.
+
+    Raises:
+        InputError: It isn't grey, isn't uint8, or is too small to show a head.
+    """
+    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 2):
+        kind = f"{image.dtype} with shape {image.shape}" if hasattr(image, "dtype") else type(image)
+        raise InputError(
+            f"{name} is {kind}: give grey uint8 (height, width), such as read_image returns"
+        )
+    height, width = image.shape
+    if min(height, width) < SMALLEST_SIDE_PX:
+        raise InputError(
+            f"{name} has {width}×{height} pixels, too few to show a head: give the whole image"
+        )
+    return image
+
+
+def check_pixel_size(size_mm: float, name: str = "a pixel size of") -> float:
+    """Returns the side of a pixel.
+
+    Raises:
+        InputError: It is no positive number of mm below `MOST_MM`.
+    """
+    if not 0 < size_mm < MOST_MM:
+        raise InputError(f"{name} {size_mm:g} is not a positive number of mm below {MOST_MM}")
+    return size_mm
 
 
 def find_files(source: Path) -> list[Path]:
@@ -72,10 +145,7 @@ def pixel_sizes(
     if size_mm is not None:
         if csv_path is not None:
             raise InputError("--pixel-size and --pixel-size-csv are both given: leave one out")
-        if not 0 < size_mm < MOST_MM:
-            raise InputError(
-                f"--pixel-size {size_mm:g} is not a positive number of mm below {MOST_MM}"
-            )
+        check_pixel_size(size_mm, "--pixel-size")
         return dict.fromkeys((path.name for path in paths), size_mm)
     if csv_path is None:
         return {}
@@ -134,12 +204,7 @@ def _check_usable(source: Source, taken: Mapping[str, Path]) -> None:
             f"{source.path} would be written as {source.name}.png, as {taken[source.name].name} "
             "is: rename one"
         )
-    height, width = source.image.shape
-    if min(height, width) < SMALLEST_SIDE_PX:
-        raise InputError(
-            f"{source.path} has {width}×{height} pixels, too few to show a head: give the whole "
-            "image"
-        )
+    check_image(source.image, str(source.path))
 
 
 def _looks_like_image(path: Path) -> bool:

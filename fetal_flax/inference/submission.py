@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fetal_flax._util.files import csv_bytes, write_atomically
 from fetal_flax.config import TestTimeAugmentation
-from fetal_flax.inference.predict import measured_images
+from fetal_flax.inference.predict import measured_sources
 from fetal_flax.measurement.ellipse import Ellipse
 
 COLUMNS = (
@@ -55,16 +55,16 @@ def submission(
     """
     rows: list[tuple[object, ...]] = [COLUMNS]
     failed: list[str] = []
-    for image in measured_images(
+    for image, measurement in measured_sources(
         checkpoint, source, failed, pixel_size_csv=pixel_size_csv, tta=tta
     ):
-        path, pixel_size = image.source.path, image.source.pixel_size_mm
-        if image.assessment.head is None:
+        path, pixel_size = image.path, measurement.pixel_size_mm
+        if measurement.head is None:
             failed.append(f"{path} shows no head that the network could find")
         elif pixel_size is None:
             failed.append(f"{path} doesn't tell its pixel size: add it to {pixel_size_csv}")
         else:
-            rows.append((path.name, *to_row(image.assessment.head.ellipse, pixel_size)))
+            rows.append((path.name, *to_row(measurement.head.ellipse, pixel_size)))
     write_atomically(output, csv_bytes(rows))
     return SubmissionReport(len(rows) - 1, tuple(failed))
 

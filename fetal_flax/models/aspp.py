@@ -49,7 +49,7 @@ class ASPP(nnx.Module):
         *,
         pool_groups: int = 32,
         separable: bool = False,
-        dropout: float,
+        dropout: float = 0.5,
         rngs: nnx.Rngs,
     ):
         self.point = ConvNorm(inputs, width, 1, rngs=rngs)

@@ -12,6 +12,7 @@ from flax import nnx, traverse_util
 from jaxtyping import Array
 
 from fetal_flax.config import ModelConfig
+from fetal_flax.errors import InputError
 from fetal_flax.models import folding
 from fetal_flax.models.init import HostRngs
 from fetal_flax.models.interface import EncoderFeatures, Logits, as_input
@@ -26,7 +27,15 @@ STEM = "encoder/blocks/0/conv/kernel"
 
 
 class Variables(NamedTuple):
-    """A network's arrays by name, or their shapes."""
+    """A network's arrays by name, or their shapes: a pytree of two dicts.
+
+    Example:
+        >>> variables = ff.init(ff.ModelConfig(name="unet", base_width=4), seed=0)
+        >>> variables.params["down1/first/conv/kernel"].shape
+        (3, 3, 1, 4)
+        >>> sorted(variables.batch_stats)[:2]
+        ['bottom/first/norm/mean', 'bottom/first/norm/var']
+    """
 
     params: Arrays
     batch_stats: Arrays
@@ -38,8 +47,24 @@ def create(config: ModelConfig, seed: int | None) -> Network:
 
 
 def init(config: ModelConfig, seed: int) -> Variables:
-    """Returns freshly initialised variables."""
-    return _variables(create(config, seed))
+    """Returns freshly initialised variables, drawn as PyTorch draws them.
+
+    Args:
+        config: Which network.
+        seed: Of the draws; 0 or larger.
+
+    Returns:
+        Parameters and batch statistics, float32.
+
+    Raises:
+        InputError: A setting doesn't fit the network.
+
+    Example:
+        >>> config = ff.ModelConfig(name="unet", base_width=4)
+        >>> ff.init(config, seed=0).params["head/bias"].shape
+        (1,)
+    """
+    return variables_of(create(config, seed))
 
 
 def shapes(config: ModelConfig) -> Variables:
@@ -54,42 +79,114 @@ def encoder_part(variables: Variables) -> Variables:
     )
 
 
+def subtree(variables: Variables, name: str) -> Variables:
+    """Returns the variables of one part of a network, under the names that the part has alone.
+
+    Args:
+        variables: A network's.
+        name: The part's, such as `encoder`, `aspp`, `stage5/block` or `encoder/blocks/3`.
+
+    Raises:
+        InputError: The network has no such part.
+
+    Example:
+        >>> checkpoint = ff.load_checkpoint("runs/hc18")
+        >>> part = ff.subtree(checkpoint.variables, "down1/first")
+        >>> sorted(part.params), sorted(part.batch_stats)
+        (['conv/kernel', 'norm/bias', 'norm/scale'], ['norm/mean', 'norm/var'])
+    """
+    prefix = name.rstrip("/") + "/"
+    part = Variables(
+        *(
+            {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+            for arrays in variables
+        )
+    )
+    if not part.params:
+        parts = sorted({name.partition("/")[0] for name in variables.params})
+        raise InputError(
+            f"the network has no part {name!r}: give one of {', '.join(parts)}, or a part of these"
+        )
+    return part
+
+
 def apply(
     config: ModelConfig,
     variables: Variables,
     images: FeatureMap,
     *,
-    train: bool = False,
-    train_encoder: bool = False,
-    dropout_key: Array | None = None,
     features: EncoderFeatures | None = None,
-) -> tuple[Logits, Arrays]:
-    """Runs the network.
+) -> Logits:
+    """Returns the logits of images, with running statistics and without dropout.
+
+    A pure function: `jax.jit` (config static), `jax.grad` and `jax.vmap` apply, and so do shardings
+    over a mesh whose axes are Auto, as those of `jax.sharding.Mesh` are.
 
     Args:
         config: Which network.
         variables: Its parameters and batch statistics.
-        images: In [0, 1].
-        train: Batch statistics and dropout in everything but the encoder.
-        train_encoder: Batch statistics in the encoder.
-        dropout_key: Needed with `train` by networks with dropout.
+        images: Floats in [0, 1], (batch, height, width, channels); height and width are multiples
+            of 32, of a `unet` of 16.
         features: What `encode` has made of the images, where the encoder need not run.
 
     Returns:
-        Logits, and the batch statistics after the call.
+        (batch, height, width, 1), before the sigmoid, at least float32.
 
     Raises:
         InputError: The images' shape doesn't fit the network.
+
+    Example:
+        >>> config = ff.ModelConfig(name="unet", base_width=4)
+        >>> variables, images = ff.init(config, seed=0), jnp.ones((2, 32, 64, 1))
+        >>> apply = jax.jit(ff.apply, static_argnums=0)
+        >>> apply(config, variables, images).shape
+        (2, 32, 64, 1)
+        >>> gradient = jax.jit(jax.grad(lambda v: ff.apply(config, v, images).mean()))
+        >>> gradient(variables).params["head/bias"]
+        Array([1.], dtype=float32)
     """
     network = merge(config, variables)
     # Scaling kernels is cheaper than normalising maps, also if it is done in every call.
-    if not train:
-        folding.fold_norms(network)
-    elif not train_encoder and not isinstance(network, UNet):
+    folding.fold_norms(network)
+    return network(images, features=features)
+
+
+def apply_train(
+    config: ModelConfig,
+    variables: Variables,
+    images: FeatureMap,
+    *,
+    dropout_key: Array | None = None,
+    train_encoder: bool = False,
+) -> tuple[Logits, Arrays]:
+    """Runs the network as in training, with the batch's statistics and with dropout; pure.
+
+    Args:
+        config: Which network.
+        variables: Its parameters and batch statistics.
+        images: As of `apply`.
+        dropout_key: A key of `jax.random`; networks with dropout need one, all but `unet` and
+            `mobilenet_unet`.
+        train_encoder: Whether the encoder's batch norms take the batch's statistics too; a frozen
+            encoder keeps its own.
+
+    Returns:
+        Logits as of `apply`, and the batch statistics after the call, for the next one.
+
+    Raises:
+        InputError: The images' shape doesn't fit the network, or they are too few for statistics.
+
+    Example:
+        >>> config = ff.ModelConfig(name="unet", base_width=4)
+        >>> variables, images = ff.init(config, seed=0), jnp.ones((2, 32, 64, 1))
+        >>> apply_train = jax.jit(ff.apply_train, static_argnums=0)
+        >>> logits, batch_stats = apply_train(config, variables, images)
+        >>> variables = variables._replace(batch_stats=batch_stats)
+    """
+    network = merge(config, variables)
+    if not train_encoder and not isinstance(network, UNet):
         folding.fold_norms(network.encoder)
-    logits = network(
-        images, train=train, train_encoder=train_encoder, dropout_key=dropout_key, features=features
-    )
+    logits = network(images, train=True, train_encoder=train_encoder, dropout_key=dropout_key)
     return logits, variables.batch_stats | _flatten(nnx.state(network, nnx.BatchStat))
 
 
@@ -129,7 +226,18 @@ def infer(config: ModelConfig, folded: Arrays, images: FeatureMap) -> Logits:
 
 
 def merge(config: ModelConfig, variables: Variables) -> Network:
-    """Returns the network with these variables, as the module that it is."""
+    """Returns the network with these variables, as the module that it is: an `nnx.Module`.
+
+    Args:
+        config: Which network.
+        variables: Its parameters and batch statistics.
+
+    Example:
+        >>> checkpoint = ff.load_checkpoint("runs/hc18")
+        >>> network = ff.merge(checkpoint.config, checkpoint.variables)
+        >>> nnx.jit(network)(jnp.zeros((1, 64, 96, 1))).shape
+        (1, 64, 96, 1)
+    """
     params, batch_stats = variables
     return _structure(config).merge(params | batch_stats)
 
@@ -159,11 +267,21 @@ def _structure(config: ModelConfig, *, folded: bool = False) -> _Structure:
     network = nnx.eval_shape(build)
     graph, state = nnx.split(network)
     paths = {_name(path): path for path, _ in nnx.to_flat_state(state)}
-    return _Structure(graph, paths, _variables(network))
+    return _Structure(graph, paths, variables_of(network))
 
 
-def _variables(network: Network) -> Variables:
-    _, params, batch_stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+def variables_of(module: nnx.Module) -> Variables:
+    """Returns a module's arrays by name: of a network the inverse of `merge`.
+
+    Args:
+        module: A network, or a block of one.
+
+    Example:
+        >>> model = ff.create_model("unet", base_width=4, rngs=nnx.Rngs(0))
+        >>> ff.variables_of(model).params["head/bias"].shape
+        (1,)
+    """
+    _, params, batch_stats = nnx.split(module, nnx.Param, nnx.BatchStat)
     return Variables(_flatten(params), _flatten(batch_stats))
 
 

@@ -8,6 +8,9 @@ same for the encoder's batch norms, which is what a trainable encoder wants and 
 not. No parameter is frozen here: that is the optimizer's business (training/optimizer.py).
 """
 
+import dataclasses
+from typing import Any
+
 from flax import nnx
 
 from fetal_flax.config import ModelConfig
@@ -24,29 +27,38 @@ NETWORKS: dict[str, type[Network]] = {
 }
 
 
-def create_model(config: ModelConfig, *, rngs: nnx.Rngs) -> Network:
-    """Returns the network that `config` names, freshly initialised.
+def create_model(
+    model: ModelConfig | str = ModelConfig.name, *, rngs: nnx.Rngs, **settings: Any
+) -> Network:
+    """Returns a network, freshly initialised.
 
     Args:
-        config: Which network, and what about it can vary.
+        model: Which network: its name, or its settings.
         rngs: Source of the `params` stream. The numbers depend on its key alone, but differ between
             a network that is made as it is and one that is made under a trace (models/init.py).
+        settings: Fields of `ModelConfig` that are set otherwise, such as `variant="compact"` or
+            `in_channels=3`.
 
     Raises:
-        InputError: `aspp_width` is no multiple of 32.
+        InputError: There is no such network, or a setting doesn't fit.
+        TypeError: There is no such setting.
 
     Example:
-        >>> import jax
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> model = create_model(ModelConfig(name="unet", base_width=4), rngs=nnx.Rngs(0))
-        >>> jax.eval_shape(lambda images: model(images), jnp.zeros((1, 32, 48, 1)))
-        ShapeDtypeStruct(shape=(1, 32, 48, 1), dtype=float32)
+        >>> model = create_model("unet", base_width=4, rngs=nnx.Rngs(0))
+        >>> nnx.jit(model)(jnp.zeros((1, 32, 48, 1))).shape
+        (1, 32, 48, 1)
 
         What the proposed network holds, without drawing any of it:
 
-        >>> abstract = nnx.eval_shape(lambda: create_model(ModelConfig(), rngs=nnx.Rngs(0)))
+        >>> abstract = nnx.eval_shape(lambda: create_model(rngs=nnx.Rngs(0)))
         >>> abstract.stage5.up.kernel.shape
         (512, 2, 2, 256)
     """
+    if isinstance(model, str):
+        values: dict[str, Any] = {"name": model, **settings}
+        config = ModelConfig(**values)
+    else:
+        config = dataclasses.replace(model, **settings)
     return NETWORKS[config.name](config, rngs=rngs)

@@ -175,7 +175,7 @@ def _torch_state_dict(path: Path) -> Mapping[str, Tensor]:
 
 
 def _from_checkpoint(checkpoint: Path, converted: Network) -> Network:
-    variables, description = checkpoints.load(checkpoint, kinds=("network", "encoder"))
+    variables, description = checkpoints.load_checkpoint(checkpoint, kinds=("network", "encoder"))
     fits = description.kind == converted.kind and (
         dataclasses.replace(description.model, dropout=converted.model.dropout) == converted.model
     )

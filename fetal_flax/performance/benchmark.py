@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fetal_flax import checkpoints
+from fetal_flax.checkpoints import Checkpoint, Description, load_checkpoint
 from fetal_flax.config import (
     DataConfig,
     EncoderConfig,
@@ -28,7 +28,7 @@ from fetal_flax.config import (
 )
 from fetal_flax.data.batch import Batch
 from fetal_flax.errors import InputError
-from fetal_flax.inference.segmenter import Predictor
+from fetal_flax.inference.segmenter import Segmenter
 from fetal_flax.models import functional
 from fetal_flax.models.complexity import summarize
 from fetal_flax.models.functional import Variables
@@ -83,7 +83,7 @@ def network(
         return model, functional.init(model, 0), image_size or DataConfig.image_size
     if model != ModelConfig():
         raise InputError("--checkpoint tells which network to measure: leave --model.* out")
-    variables, description = checkpoints.load(checkpoint)
+    variables, description = load_checkpoint(checkpoint)
     return description.model, variables, image_size or description.image_size
 
 
@@ -136,9 +136,10 @@ class _Computation(NamedTuple):
 def _inference(
     model: ModelConfig, variables: Variables, image_size: tuple[int, int], batch_size: int
 ) -> _Computation:
-    predictor = Predictor(model, variables, image_size, batch_size=batch_size)
+    checkpoint = Checkpoint(variables, Description("network", model, image_size))
+    segmenter = Segmenter(checkpoint, batch_size=batch_size)
     images = jnp.zeros((batch_size, *image_size, model.in_channels), jnp.uint8)
-    function, arguments = predictor.call(images)
+    function, arguments = segmenter.call(images)
     return _Computation("inference", function, arguments, lambda _: arguments)
 
 

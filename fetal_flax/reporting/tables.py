@@ -30,10 +30,8 @@ def write_metrics(
 ) -> dict[str, Any]:
     """Writes `metrics.json` and `per_image.csv`, and returns what `metrics.json` holds.
 
-    `metrics.json` is `aggregate` of all images (`n`, `dice.mean`, `dice.std`, ...); beside it
-    stand `by`, the same for the images of each trimester and fold where there are such columns,
-    and `run`. `per_image.csv` has the columns `name`, one per metric, then the others; numbers
-    are written with all their digits.
+    `metrics.json` is what `summarize` returns. `per_image.csv` has the columns `name`, one per
+    metric, then the others; numbers are written with all their digits.
 
     Args:
         output_dir: Where the files go; created if needed.
@@ -45,8 +43,7 @@ def write_metrics(
         ValueError: Rows differ in metrics or columns, a column repeats a metric's name, or a
             number is not finite, which JSON can't hold.
     """
-    metrics = aggregate([row.metrics for row in rows])
-    metrics |= {"by": _by_group(rows), "run": dict(run)}
+    metrics = summarize(rows, run=run)
     header = ["name", *rows[0].metrics, *rows[0].columns]
     if len(set(header)) != len(header):
         raise ValueError(f"per_image.csv has a column twice: {', '.join(header)}")
@@ -59,6 +56,24 @@ def write_metrics(
     for name, content in files.items():
         write_atomically(Path(output_dir) / name, content)
     return metrics
+
+
+def summarize(rows: Sequence[Row], *, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `aggregate` of all images (`n`, `dice.mean`, `dice.std`, ...) and of groups.
+
+    Beside it stand `by`, the same for the images of each trimester and fold where there are such
+    columns, and `run`.
+
+    Args:
+        rows: The images, all with the same metrics.
+        run: What was evaluated, as JSON values: checkpoint, config, split.
+
+    Raises:
+        InputError: There are no images.
+        ValueError: Rows differ in metrics.
+    """
+    metrics = aggregate([row.metrics for row in rows])
+    return metrics | {"by": _by_group(rows), "run": dict(run)}
 
 
 def _by_group(rows: Sequence[Row]) -> dict[str, Any]:

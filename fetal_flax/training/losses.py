@@ -15,24 +15,31 @@ Masks = Float[Array, "batch height width 1"]
 PIXELS = (1, 2, 3)
 
 
-def dice_bce_loss(
+def dice_bce(
     logits: Logits,
     masks: Masks,
-    valid: Bool[Array, " batch"],
+    valid: Bool[Array, " batch"] | None = None,
     *,
-    config: LossConfig,
-    pos_weight: float | Array,
+    config: LossConfig | None = None,
+    pos_weight: float | Array = 1.0,
 ) -> Float[Array, ""]:
     """Weighted sum of Dice loss and cross-entropy over the valid images.
 
     Args:
-        logits: Before the sigmoid.
-        masks: 0 or 1.
-        valid: False on the padding of a last batch.
-        config: Weights, smoothing, and what Dice is taken over.
+        logits: Before the sigmoid, (batch, height, width, 1).
+        masks: 0 or 1, or a share of the pixel in between, as floats of the logits' dtype.
+        valid: False on the padding of a last batch; None where there is none.
+        config: Weights, smoothing, and what Dice is taken over; None takes the defaults.
         pos_weight: Factor on the cross-entropy of foreground pixels.
+
+    Example:
+        >>> masks = jnp.zeros((1, 32, 32, 1)).at[:, 8:24, 8:24].set(1.0)
+        >>> right, wrong = 20 * (masks - 0.5), 20 * (0.5 - masks)
+        >>> bool(ff.losses.dice_bce(right, masks) < 1e-3 < ff.losses.dice_bce(wrong, masks))
+        True
     """
-    weights = valid.astype(logits.dtype)
+    config = config or LossConfig()
+    weights = jnp.ones(len(logits), logits.dtype) if valid is None else valid.astype(logits.dtype)
     dice = soft_dice(logits, masks, weights, config)
     cross_entropy = bce_with_logits(logits, masks, pos_weight).mean(PIXELS)
     cross_entropy = (cross_entropy * weights).sum() / weights.sum()

@@ -48,15 +48,40 @@ def create_optimizer(
     The rates are arguments, not constants, so that a plateau changes them without a new trace.
     Frozen parameters get no moments.
     """
-    learning = optax.chain(
-        # torch.optim.Adam's weight_decay is L2: it enters the moments, unlike AdamW's.
-        optax.add_decayed_weights(config.l2),
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-    )
+    learning = scale_by_adam_l2(config)
     transforms = {
         group: optax.chain(learning, _scale_by_rate_of(group)) for group in (MAIN, ENCODER)
     }
     return optax.multi_transform({**transforms, FROZEN: optax.set_to_zero()}, labels)
+
+
+def adam_l2(
+    learning_rate: optax.ScalarOrSchedule, config: OptimizerConfig | None = None
+) -> optax.GradientTransformation:
+    """Returns the Adam with L2 of `torch.optim.Adam`, for a training loop of one's own.
+
+    Args:
+        learning_rate: A number, or a schedule of optax; the config's is not read.
+        config: L2, betas and epsilon; None takes the defaults.
+
+    Example:
+        >>> optimizer = ff.optimizers.adam_l2(1e-3)
+        >>> params = {"kernel": jnp.ones(3)}
+        >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+        >>> jnp.round(updates["kernel"], 5)
+        Array([-0.001, -0.001, -0.001], dtype=float32)
+    """
+    scale = scale_by_adam_l2(config or OptimizerConfig())
+    return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
+
+
+def scale_by_adam_l2(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Returns `adam_l2` without its learning rate."""
+    return optax.chain(
+        # torch.optim.Adam's weight_decay is L2: it enters the moments, unlike AdamW's.
+        optax.add_decayed_weights(config.l2),
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+    )
 
 
 def initial_learning_rates(config: TrainConfig) -> dict[str, float]:

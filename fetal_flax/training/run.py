@@ -38,12 +38,13 @@ SCORES = {"dice": "Dice", "ellipse_dice": "Dice of the ellipse"}
 
 def train(
     config: TrainConfig,
-    workdir: Path,
+    workdir: Path | str,
     *,
     resume: bool = False,
     profile: bool = False,
+    quiet: bool = False,
     listeners: Sequence[Listener] = (),
-) -> Path:
+) -> RunProgress:
     """Trains to the last epoch or until validation no longer improves.
 
     Args:
@@ -51,21 +52,31 @@ def train(
         workdir: Where everything goes; must hold no run yet, unless `resume`.
         resume: Go on where the run in `workdir` stopped.
         profile: Trace a few steps into `workdir`/profile.
+        quiet: Print nothing.
         listeners: Who is told what happens (training/events.py), besides terminal and log files.
 
     Returns:
-        `workdir`.
+        The numbers of every epoch (`history`) and the best of them (`stopping`), as the workdir
+        has them in `metrics.csv`; the network is there for `load` and `load_checkpoint`.
 
     Raises:
         InputError: Settings, files or data can't be used; the message says which.
         RunError: The run can't go on; the message says what is saved.
         Interrupted: SIGTERM or SIGINT came; the message says what is saved.
+
+    Example:
+        >>> progress = ff.train(config, "runs/small", quiet=True)
+        >>> progress.epochs, 0 < progress.stopping.best < 1
+        (1, True)
+        >>> ff.load_checkpoint("runs/small").config == config.model
+        True
     """
+    workdir = Path(workdir)
     with Interruption() as interruption, hold_workdir(workdir), contextlib.ExitStack() as stack:
         # Settle what never changes; nothing is written but caches.
         run_on_all_processes(lambda: check_workdir(config, workdir, resume=resume))
         setup = run_on_all_processes(lambda: prepare(config))
-        console = Console(config.schedule.epochs, quiet=not is_first())
+        console = Console(config.schedule.epochs, quiet=quiet or not is_first())
         console(Message(describe(setup)))
 
         with disk_failure_named(workdir), contextlib.ExitStack() as files:
@@ -108,7 +119,7 @@ def train(
                 f"validation.png, metrics.csv and checkpoints are in {workdir}"
             )
         )
-    return workdir
+    return progress
 
 
 def _begin(
@@ -143,22 +154,16 @@ def _write_curves(progress: RunProgress, workdir: Path) -> None:
 
 def write_validation_sheet(setup: Setup, workdir: Path) -> None:
     """Draws validation images, from the worst ellipse to the best, with the best checkpoint."""
-    from fetal_flax.inference.assessment import assess
-    from fetal_flax.inference.segmenter import Predictor
+    from fetal_flax.inference.segmenter import load
     from fetal_flax.measurement.ellipse_overlap import ellipse_mask
-    from fetal_flax.measurement.head import OUTLINE_PX
     from fetal_flax.measurement.overlap import segmentation_metrics
     from fetal_flax.reporting import pictures
 
-    predictor = Predictor.from_checkpoint(workdir)
     records = [setup.dataset.record(i) for i in setup.split.validation]
-    outline_px = OUTLINE_PX[setup.config.data.dataset]
+    measured = load(workdir).measure_all(record.image for record in records)
     images = []
-    for record, logits in zip(
-        records, predictor.logits(record.image for record in records), strict=True
-    ):
-        mask, head, _ = assess(logits, record.image.shape, outline_px=outline_px)
-        truth = record.mask > 0
+    for record, measurement in zip(records, measured, strict=True):
+        mask, head, truth = measurement.mask, measurement.head, record.mask > 0
         images.append(
             pictures.SheetImage(
                 record.name,

@@ -33,12 +33,20 @@ def rate_factor(config: ScheduleConfig, steps_per_epoch: int) -> optax.Schedule 
 
 
 @dataclasses.dataclass(frozen=True)
-class Plateau:
+class ReduceLROnPlateau:
     """State of `torch.optim.lr_scheduler.ReduceLROnPlateau` in mode "max", threshold "rel".
 
     Attributes:
         best: Highest metric that beat its predecessor by the threshold.
         bad_epochs: Epochs since.
+
+    Example:
+        >>> plateau, rates = ff.schedules.ReduceLROnPlateau(), {"main": 1e-3}
+        >>> settings = ff.config.ScheduleConfig(patience=1, factor=0.5)
+        >>> for dice in (0.9, 0.8, 0.8):
+        ...     plateau, rates = plateau.update(dice, rates, settings)
+        >>> rates
+        {'main': 0.0005}
     """
 
     best: float = -math.inf
@@ -46,13 +54,15 @@ class Plateau:
 
     def update(
         self, metric: float, rates: Mapping[str, float], config: ScheduleConfig
-    ) -> tuple["Plateau", dict[str, float]]:
+    ) -> tuple["ReduceLROnPlateau", dict[str, float]]:
         """Takes an epoch's metric; returns the next state and the learning rates to go on with."""
         if metric > self.best * (1 + config.threshold):
-            return Plateau(best=metric), dict(rates)
+            return ReduceLROnPlateau(best=metric), dict(rates)
         if self.bad_epochs + 1 <= config.patience:
-            return Plateau(self.best, self.bad_epochs + 1), dict(rates)
-        return Plateau(self.best), {group: _reduced(rate, config) for group, rate in rates.items()}
+            return ReduceLROnPlateau(self.best, self.bad_epochs + 1), dict(rates)
+        return ReduceLROnPlateau(self.best), {
+            group: _reduced(rate, config) for group, rate in rates.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fetal_flax.config import ScheduleConfig
 from fetal_flax.models.functional import Variables
 from fetal_flax.training.events import CheckpointBegan, Event, Listener
 from fetal_flax.training.interruption import Interruption
-from fetal_flax.training.schedule import EarlyStopping, Plateau
+from fetal_flax.training.schedule import EarlyStopping, ReduceLROnPlateau
 from fetal_flax.training.setup import Setup
 from fetal_flax.training.step import TrainState, network_of
 from fetal_flax.training.validation import Validation
@@ -23,7 +23,7 @@ class RunProgress:
 
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     """The numbers of each complete epoch."""
-    plateau: Plateau = dataclasses.field(default_factory=Plateau)
+    plateau: ReduceLROnPlateau = dataclasses.field(default_factory=ReduceLROnPlateau)
     stopping: EarlyStopping = dataclasses.field(default_factory=EarlyStopping)
     partial_epoch: list[tuple[float, float] | None] = dataclasses.field(default_factory=list)
     """Loss and Dice of the steps done of the next epoch; None of a step that was skipped."""
@@ -48,7 +48,7 @@ class RunProgress:
         """Returns the progress from a checkpoint's description."""
         return cls(
             list(values["history"]),
-            Plateau(**values["plateau"]),
+            ReduceLROnPlateau(**values["plateau"]),
             EarlyStopping(**values["stopping"]),
             [step and (step[0], step[1]) for step in values["begun"]],
         )

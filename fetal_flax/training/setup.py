@@ -149,7 +149,7 @@ def _initial_variables(config: TrainConfig, cache_dir: Path) -> Callable[[], Var
 
 def _load_network(config: TrainConfig) -> Variables:
     """Returns the network that `init` names."""
-    variables, description = checkpoints.load(Path(config.init).expanduser())
+    variables, description = checkpoints.load_checkpoint(Path(config.init).expanduser())
     wanted, found = functional.shapes(config.model), functional.shapes(description.model)
     if jax.tree.map(lambda a: a.shape, wanted) != jax.tree.map(lambda a: a.shape, found):
         raise InputError(

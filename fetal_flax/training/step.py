@@ -18,7 +18,7 @@ from fetal_flax.data.photometric import apply_photometric
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Arrays, Variables
 from fetal_flax.models.interface import EncoderFeatures
-from fetal_flax.training.losses import dice_bce_loss, hard_dice
+from fetal_flax.training.losses import dice_bce, hard_dice
 from fetal_flax.training.optimizer import (
     FROZEN,
     create_optimizer,
@@ -118,15 +118,14 @@ def loss_and_gradients(
         images = apply_photometric(images, batch.photometric, config.augmentation)
 
     def loss_function(learning: Arrays) -> tuple[Array, tuple[Arrays, Array]]:
-        logits, batch_stats = functional.apply(
+        logits, batch_stats = functional.apply_train(
             config.model,
             Variables(learning | frozen, state.batch_stats),
             images,
-            train=True,
-            train_encoder=not encoder_is_static(config),
             dropout_key=jax.random.fold_in(jax.random.key(config.seed), state.step),
+            train_encoder=not encoder_is_static(config),
         )
-        loss = dice_bce_loss(
+        loss = dice_bce(
             logits, masks, jnp.asarray(batch.valid), config=config.loss, pos_weight=pos_weight
         )
         return loss, (batch_stats, logits)
@@ -162,8 +161,8 @@ def validation_step(
     dtype = _dtype(variables.params)
     images, masks = _images(batch, dtype), _hard_masks(batch, config).astype(dtype)
     valid = jnp.asarray(batch.valid)
-    logits, _ = functional.apply(config.model, variables, images, features=features)
-    loss = dice_bce_loss(logits, masks, valid, config=config.loss, pos_weight=pos_weight)
+    logits = functional.apply(config.model, variables, images, features=features)
+    loss = dice_bce(logits, masks, valid, config=config.loss, pos_weight=pos_weight)
     metrics = {"loss": loss, "dice": hard_dice(logits, masks), "valid": valid}
     if config.schedule.select_by == "ellipse_dice":
         metrics |= {"predicted": logits[..., 0] > 0, "annotated": masks[..., 0] > 0}

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fetal_flax import checkpoints, presets
-from fetal_flax.checkpoints import Description, TrainingCheckpoints, shipped
+from fetal_flax.checkpoints import Checkpoint, Description, TrainingCheckpoints, shipped
 from fetal_flax.commands.main import parse
 from fetal_flax.config import (
     DataConfig,
@@ -30,7 +30,7 @@ from fetal_flax.data import splits
 from fetal_flax.data.datasets import open_dataset
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation.evaluate import evaluate
-from fetal_flax.inference.segmenter import Predictor
+from fetal_flax.inference.segmenter import Segmenter
 from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.measurement.head import measure_head
 from fetal_flax.models import functional
@@ -70,8 +70,9 @@ def make_run(workdir: Path, config: TrainConfig, seed: int) -> Path:
     sides = splits.split(dataset.names, dataset.examinations, seed=0)
     splits.write_manifest(workdir / "split.json", sides, dataset.names, method={"seed": 0})
     variables = functional.init(config.model, seed)
-    predictor = Predictor(config.model, variables, config.data.image_size)
-    logits = np.stack(list(predictor.logits([dataset.record(0).image])))
+    metadata = Description("network", config.model, config.data.image_size)
+    segmenter = Segmenter(Checkpoint(variables, metadata))
+    logits = np.stack(list(segmenter.logits([dataset.record(0).image])))
     # Half of an image is a head.
     variables.params["head/bias"] -= float(np.median(logits))
     saved = TrainingCheckpoints(workdir)
@@ -99,7 +100,7 @@ def run(config, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def evaluation(run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation")
-    evaluate(run, folder, split="validation")
+    evaluate(run, output=folder, split="validation")
     return folder
 
 
@@ -126,8 +127,8 @@ def folder(script, run, evaluation, recipe, tmp_path_factory) -> Path:
 def test_the_runs_best_network_is_shipped_rounded_to_float16(folder, run):
     names = ["MODEL_CARD.md", "description.json", "network.safetensors", "split.json"]
     assert sorted(path.name for path in folder.iterdir()) == names
-    best, of_run = checkpoints.load(run)
-    loaded, description = checkpoints.load(folder)
+    best, of_run = checkpoints.load_checkpoint(run)
+    loaded, description = checkpoints.load_checkpoint(folder)
     rounded = jax.tree.map(lambda a: np.asarray(a, np.float16).astype(np.float32), best)
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, rounded))
     assert (description.model, description.image_size) == (of_run.model, (32, 32))
@@ -146,7 +147,7 @@ def test_nothing_of_the_machine_is_in_the_folder(folder, run, config):
 
 
 def test_the_shipped_network_is_evaluated_on_its_own_split(folder, evaluation, tmp_path):
-    metrics = evaluate(folder, tmp_path / "out", split="validation")
+    metrics = evaluate(folder, output=tmp_path / "out", split="validation")
     before = json.loads((evaluation / "metrics.json").read_text())
     assert metrics["n"] == before["n"] == 6
     assert metrics["run"]["epoch"] == before["run"]["epoch"]
@@ -196,11 +197,12 @@ def test_the_cards_command_trains_the_same(script, config, recipe):
     assert parse("train", command[2:]).settings == odd
 
 
-class Drawing:
-    """In a predictor's place: an ellipse whose size is the last bias, or nothing if that is 0."""
+class Drawing(Segmenter):
+    """Sees an ellipse whose size is the last bias, or nothing if that is 0."""
 
-    def __init__(self, model: ModelConfig, variables: Variables, image_size: tuple[int, int]):
-        self.size = float(variables.params["head/bias"][0])
+    def __init__(self, checkpoint: Checkpoint):
+        super().__init__(checkpoint)
+        self.size = float(checkpoint.variables.params["head/bias"][0])
 
     def segment(self, items, image):
         for number, item in enumerate(items):
@@ -211,7 +213,7 @@ class Drawing:
 
 
 def test_float16_is_compared_image_by_image(script, run, config, monkeypatch):
-    monkeypatch.setattr(script, "Predictor", Drawing)
+    monkeypatch.setattr(script, "Segmenter", Drawing)
     loaded = script.load_run(run)
     dataset = open_dataset(config.data, config.seed)
     indices = splits.read_manifest(run / "split.json", dataset.names).validation
@@ -291,7 +293,7 @@ def test_too_large_a_change_is_not_shipped(script, run, evaluation, recipe, tmp_
 
 
 def test_an_evaluation_of_images_that_it_was_trained_with_is_refused(script, run, recipe, tmp_path):
-    evaluate(run, tmp_path / "all", split="all")
+    evaluate(run, output=tmp_path / "all", split="all")
     message = refused(script, run, tmp_path / "all", tmp_path / "x", recipe=recipe)
     assert "24 images that the run was trained with" in message
 
@@ -308,9 +310,9 @@ def test_an_evaluation_of_another_network_is_refused(script, run, evaluation, re
 
 
 def test_what_was_not_trained_here_is_refused(script, run, evaluation, folder, recipe, tmp_path):
-    variables, description = checkpoints.load(run)
+    variables, description = checkpoints.load_checkpoint(run)
     plain = dataclasses.replace(description, config=None, progress={"source": "a.pth"})
-    checkpoints.save(tmp_path / "converted", variables, plain)
+    checkpoints.save_checkpoint(tmp_path / "converted", Checkpoint(variables, plain))
     assert "is no training run" in refused(
         script, tmp_path / "converted", evaluation, tmp_path / "x", recipe=recipe
     )
@@ -331,8 +333,8 @@ def test_of_a_run_on_all_images_the_last_network_is_shipped_and_the_card_says_so
     manifest |= {"train": manifest["train"] + manifest["validation"], "validation": []}
     (everything / "split.json").write_text(json.dumps(manifest))
     script.ship(run, [evaluation], output, **options)
-    last, _ = checkpoints.load(everything, last=True)
-    loaded, description = checkpoints.load(output)
+    last, _ = checkpoints.load_checkpoint(everything, last=True)
+    loaded, description = checkpoints.load_checkpoint(output)
     bias = np.asarray(last.params["head/bias"], np.float16)
     assert np.array_equal(np.asarray(loaded.params["head/bias"], np.float16), bias)
     assert description.progress["history"][0]["epoch"] == 2
@@ -341,4 +343,4 @@ def test_of_a_run_on_all_images_the_last_network_is_shipped_and_the_card_says_so
     assert "`seed` 1 for 0" in card
     assert not (output / shipped.SPLIT).exists()
     with pytest.raises(InputError, match="trained on all images and left none out"):
-        evaluate(output, tmp_path / "out", split="validation")
+        evaluate(output, output=tmp_path / "out", split="validation")

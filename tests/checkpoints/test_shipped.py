@@ -22,7 +22,7 @@ import pytest
 import safetensors.numpy
 
 from fetal_flax import checkpoints
-from fetal_flax.checkpoints import DamagedError, Description, shipped
+from fetal_flax.checkpoints import Checkpoint, DamagedError, Description, shipped
 from fetal_flax.checkpoints.integrity import digest_of_arrays, digest_of_json
 from fetal_flax.commands.main import main
 from fetal_flax.config import ModelConfig, TrainConfig, to_dict
@@ -87,7 +87,7 @@ def rounded(variables: Variables) -> Variables:
 
 
 def test_arrays_come_back_as_float32_with_exactly_the_float16_values(variables, tmp_path):
-    loaded, description = checkpoints.load(write(tmp_path / "network", variables))
+    loaded, description = checkpoints.load_checkpoint(write(tmp_path / "network", variables))
     numbers = jax.tree.map(np.asarray, loaded)
     assert {array.dtype for array in jax.tree.leaves(numbers)} == {np.dtype(np.float32)}
     assert same(numbers, rounded(variables))
@@ -122,7 +122,7 @@ def test_an_encoder_can_stay_as_it_is(tmp_path):
     variables = functional.init(model, 3)
     arrays = shipped.to_float16(variables, encoder=False)
     shipped.save(tmp_path / "n", shipped.contents(arrays, Description("network", model), {}))
-    loaded, _ = checkpoints.load(tmp_path / "n")
+    loaded, _ = checkpoints.load_checkpoint(tmp_path / "n")
     assert same(functional.encoder_part(loaded), functional.encoder_part(variables))
     others = {n: a for n, a in rounded(variables).params.items() if not n.startswith("encoder/")}
     assert same(Variables({n: loaded.params[n] for n in others}, {}), Variables(others, {}))
@@ -144,7 +144,7 @@ def test_saving_is_all_or_nothing(variables, tmp_path):
 @pytest.mark.parametrize("name", shipped.names())
 def test_the_packages_own_networks_load_and_their_cards_are_theirs(name):
     folder = shipped.FOLDER / name
-    _, description = checkpoints.load(name)
+    _, description = checkpoints.load_checkpoint(name)
     card = (folder / shipped.CARD).read_text()
     digest = hashlib.sha256((folder / shipped.ARRAYS).read_bytes()).hexdigest()
     assert card.startswith(f"# {name}\n") and digest in card and description.model.title in card
@@ -165,7 +165,7 @@ def test_a_name_is_the_packages_network(package, variables, tmp_path, monkeypatc
     assert shipped.names() == (NAME,)
     for source in (NAME, Path(NAME), package / NAME):
         assert checkpoints.locate(source) == package / NAME
-        assert same(checkpoints.load(source)[0], rounded(variables))
+        assert same(checkpoints.load_checkpoint(source)[0], rounded(variables))
 
 
 def test_an_unknown_name_is_told_the_known_ones(package, variables):
@@ -175,14 +175,14 @@ def test_an_unknown_name_is_told_the_known_ones(package, variables):
         "name of a shipped network (a-network, hc18-tiny)"
     )
     with pytest.raises(InputError, match=re.escape(named)):
-        checkpoints.load("hc18-tinny")
+        checkpoints.load_checkpoint("hc18-tinny")
 
 
 def test_a_package_without_networks_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "nowhere")
     assert shipped.names() == ()
     with pytest.raises(InputError, match="shipped network, of which this package has none"):
-        checkpoints.load("hc18-tiny")
+        checkpoints.load_checkpoint("hc18-tiny")
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 56), np.uint8))
     flags = ["--input", str(tmp_path / "a.png"), "--output", str(tmp_path / "out")]
     assert main(["predict", *flags]) == 2
@@ -205,14 +205,17 @@ def test_a_name_that_is_also_a_checkpoint_here_is_refused(
     assert checkpoints.locate(NAME) == package / NAME
     shutil.rmtree(here / NAME)
     if form == "orbax":
-        checkpoints.save(here / NAME, variables, DESCRIPTION)
+        checkpoints.save_checkpoint(here / NAME, Checkpoint(variables, DESCRIPTION))
     else:
         write(here / NAME, variables)
-    for load in (checkpoints.load, lambda name: checkpoints.load_encoder(name, variables)):
+    for load in (
+        checkpoints.load_checkpoint,
+        lambda name: checkpoints.load_encoder(name, variables),
+    ):
         with pytest.raises(InputError, match=rf"give the folder as {here / NAME}, or rename it"):
             load(NAME)
     assert checkpoints.locate(here / NAME) == here / NAME
-    checkpoints.load(here / NAME)
+    checkpoints.load_checkpoint(here / NAME)
 
 
 def test_without_a_checkpoint_predict_takes_the_default(package, tmp_path, monkeypatch):
@@ -312,6 +315,19 @@ def test_what_was_trained_on_all_images_has_no_split(
     assert not output.exists()
 
 
+def test_the_list_tells_what_the_description_does(package, variables):
+    (network,) = shipped.list_networks()
+    count = sum(array.size for array in variables.params.values())
+    assert network == (NAME, MODEL.title, count, None, None, "CC BY 4.0")
+    figures = {"evaluations": [{"dice": {"mean": 0.97}, "hc_abs_error_mm": {"mean": 1.9}}]}
+    files = shipped.contents(shipped.to_float16(variables), DESCRIPTION, figures)
+    shipped.save(package / "measured", files)
+    assert shipped.list_networks()[1] == ("measured", *network[1:3], 0.97, 1.9, "CC BY 4.0")
+    forge(package / "measured", figures=3)
+    with pytest.raises(DamagedError, match="measured is damaged"):
+        shipped.list_networks()
+
+
 # What is refused.
 
 
@@ -325,7 +341,7 @@ def test_a_flipped_byte_is_refused_with_one_sentence(variables, tmp_path):
             content[rng.integers(len(content))] ^= 1 << rng.integers(8)
             (folder / name).write_bytes(content)
             try:
-                loaded, description = checkpoints.load(folder)
+                loaded, description = checkpoints.load_checkpoint(folder)
             except InputError as error:
                 assert str(folder) in str(error) and str(error).isprintable()
                 refused += 1
@@ -433,7 +449,7 @@ def test_hostile_arrays_are_refused_though_their_digest_agrees(variables, tmp_pa
     folder = write(tmp_path / "network", variables)
     forge(folder, change((folder / "network.safetensors").read_bytes()))
     with pytest.raises(DamagedError, match=named) as error:
-        checkpoints.load(folder)
+        checkpoints.load_checkpoint(folder)
     assert str(error.value).startswith(f"{folder} is damaged (")
     assert str(error.value).isprintable() and len(str(error.value)) < 500
 
@@ -442,7 +458,7 @@ def test_a_forged_folder_is_like_an_intact_one(variables, tmp_path):
     """So that it is the change that the tests here see refused."""
     folder = write(tmp_path / "network", variables)
     forge(folder, (folder / "network.safetensors").read_bytes(), figures={"more": 1})
-    assert same(checkpoints.load(folder)[0], rounded(variables))
+    assert same(checkpoints.load_checkpoint(folder)[0], rounded(variables))
 
 
 def test_a_file_with_the_same_arrays_is_still_not_the_file(variables, tmp_path):
@@ -451,7 +467,7 @@ def test_a_file_with_the_same_arrays_is_still_not_the_file(variables, tmp_path):
     path.write_bytes(with_header()(path.read_bytes()))
     assert same(safetensors.numpy.load_file(path), shipped.to_float16(variables))
     with pytest.raises(DamagedError, match=r"\(network\.safetensors is not what was saved\)"):
-        checkpoints.load(folder)
+        checkpoints.load_checkpoint(folder)
 
 
 CONFIG = to_dict(TrainConfig(model=MODEL))
@@ -476,7 +492,7 @@ def test_hostile_descriptions_are_refused_though_their_digest_agrees(variables, 
         copy = shutil.copytree(folder, tmp_path / f"copy{number}")
         forge(copy, None, **{field: hostile})
         with pytest.raises(InputError, match=named if number == 0 else str(copy)) as error:
-            checkpoints.load(copy)
+            checkpoints.load_checkpoint(copy)
         assert str(error.value).isprintable()
 
 
@@ -509,7 +525,7 @@ def test_files_that_are_none_are_refused(variables, tmp_path, name, content):
     # Without a description, a folder is none of ours.
     named = "is damaged" if (folder / "description.json").exists() else "holds no checkpoint"
     with pytest.raises(InputError, match=rf"{folder} {named}"):
-        checkpoints.load(folder)
+        checkpoints.load_checkpoint(folder)
 
 
 # The package.

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from fetal_flax import checkpoints
-from fetal_flax.checkpoints import Description, TrainingCheckpoints
+from fetal_flax.checkpoints import Checkpoint, Description, TrainingCheckpoints
 from fetal_flax.checkpoints import description as format_module
 from fetal_flax.config import ModelConfig, TrainConfig, to_dict
 from fetal_flax.errors import InputError
@@ -72,8 +72,8 @@ def _train(workdir: Path, dices: list[float]) -> None:
 
 
 def test_a_saved_network_comes_back_bit_for_bit_with_its_description(variables, tmp_path):
-    checkpoints.save(tmp_path / "network", variables, DESCRIPTION)
-    loaded, description = checkpoints.load(tmp_path / "network")
+    checkpoints.save_checkpoint(tmp_path / "network", Checkpoint(variables, DESCRIPTION))
+    loaded, description = checkpoints.load_checkpoint(tmp_path / "network")
     assert _bytes(loaded) == _bytes(variables)
     assert description == DESCRIPTION
 
@@ -87,14 +87,14 @@ def test_a_saved_network_comes_back_bit_for_bit_with_its_description(variables, 
     ids=["defaults", "odd values"],
 )
 def test_descriptions_come_back(variables, tmp_path, description):
-    checkpoints.save(tmp_path / "network", variables, description)
-    assert checkpoints.load(tmp_path / "network")[1] == description
+    checkpoints.save_checkpoint(tmp_path / "network", Checkpoint(variables, description))
+    assert checkpoints.load_checkpoint(tmp_path / "network")[1] == description
 
 
 def test_saving_refuses_to_overwrite(variables, tmp_path):
-    checkpoints.save(tmp_path / "network", variables, DESCRIPTION)
+    checkpoints.save_checkpoint(tmp_path / "network", Checkpoint(variables, DESCRIPTION))
     with pytest.raises(InputError, match="already holds a checkpoint"):
-        checkpoints.save(tmp_path / "network", variables, DESCRIPTION)
+        checkpoints.save_checkpoint(tmp_path / "network", Checkpoint(variables, DESCRIPTION))
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def test_saving_refuses_to_overwrite(variables, tmp_path):
 def test_training_keeps_the_best_and_the_last_two(tmp_path, dices, kept, best):
     _train(tmp_path, dices)
     assert _epochs(tmp_path) == kept
-    loaded, description = checkpoints.load(tmp_path)
+    loaded, description = checkpoints.load_checkpoint(tmp_path)
     assert description.progress == {"epoch": best}
     assert {float(array.max()) for array in loaded.params.values()} == {best}
-    loaded, description = checkpoints.load(tmp_path, last=True)
+    loaded, description = checkpoints.load_checkpoint(tmp_path, last=True)
     assert description.progress == {"epoch": len(dices)}
     assert {float(array.max()) for array in loaded.params.values()} == {len(dices)}
 
@@ -209,7 +209,8 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, devices):
 
 
 @pytest.mark.parametrize(
-    "load", [checkpoints.load, lambda path: checkpoints.load_encoder(path, Variables({}, {}))]
+    "load",
+    [checkpoints.load_checkpoint, lambda path: checkpoints.load_encoder(path, Variables({}, {}))],
 )
 def test_a_folder_without_checkpoint_is_named_and_left_as_it_is(tmp_path, load):
     for folder in (tmp_path / "nowhere", tmp_path):
@@ -221,37 +222,37 @@ def test_a_folder_without_checkpoint_is_named_and_left_as_it_is(tmp_path, load):
 def test_a_run_that_never_finished_an_epoch_is_named(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(InputError, match="holds no complete checkpoint"):
-        checkpoints.load(tmp_path)
+        checkpoints.load_checkpoint(tmp_path)
 
 
 def test_an_encoder_is_no_network(variables, tmp_path):
     description = dataclasses.replace(DESCRIPTION, kind="encoder")
-    checkpoints.save(tmp_path / "encoder", variables, description)
+    checkpoints.save_checkpoint(tmp_path / "encoder", Checkpoint(variables, description))
     with pytest.raises(InputError, match=r"holds an encoder alone.*--encoder\.weights"):
-        checkpoints.load(tmp_path / "encoder")
+        checkpoints.load_checkpoint(tmp_path / "encoder")
 
 
 def test_a_newer_format_is_refused_with_the_way_out(monkeypatch, variables, tmp_path):
     monkeypatch.setattr(format_module, "FORMAT", 2)
-    checkpoints.save(tmp_path / "network", variables, DESCRIPTION)
+    checkpoints.save_checkpoint(tmp_path / "network", Checkpoint(variables, DESCRIPTION))
     monkeypatch.setattr(format_module, "FORMAT", 1)
     with pytest.raises(InputError, match="has checkpoint format 2, this version reads 1"):
-        checkpoints.load(tmp_path / "network")
+        checkpoints.load_checkpoint(tmp_path / "network")
 
 
 @pytest.mark.parametrize("item", ["variables", "description"])
 def test_a_damaged_checkpoint_is_bad_input(variables, tmp_path, item):
-    checkpoints.save(tmp_path / "network", variables, DESCRIPTION)
+    checkpoints.save_checkpoint(tmp_path / "network", Checkpoint(variables, DESCRIPTION))
     for path in (tmp_path / "network" / "checkpoints" / "0" / item).rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError, match="network"):
-        checkpoints.load(tmp_path / "network")
+        checkpoints.load_checkpoint(tmp_path / "network")
 
 
 def test_exists_tells_whether_there_are_checkpoints(variables, tmp_path):
     assert not checkpoints.exists(tmp_path / "network")
-    checkpoints.save(tmp_path / "network", variables, DESCRIPTION)
+    checkpoints.save_checkpoint(tmp_path / "network", Checkpoint(variables, DESCRIPTION))
     assert checkpoints.exists(tmp_path / "network")
 
 
@@ -305,4 +306,4 @@ def test_a_dice_that_was_changed_does_not_choose_the_best(tmp_path):
     file = tmp_path / "checkpoints" / str(2 * checkpoints.PER_EPOCH) / "metrics" / "metrics"
     file.write_text(file.read_text().replace("0.6", "0.96"))
     with pytest.raises(InputError, match="validation Dice is not what was saved"):
-        checkpoints.load(tmp_path)
+        checkpoints.load_checkpoint(tmp_path)

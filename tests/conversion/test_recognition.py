@@ -18,7 +18,7 @@ from fetal_flax.config import ModelConfig
 from fetal_flax.conversion.convert import from_torch_file, to_torch_file
 from fetal_flax.conversion.names import ENCODER, IGNORED, TABLES, find, find_inverse
 from fetal_flax.conversion.recognition import Network, read_network
-from fetal_flax.conversion.transfer import from_torch, to_torch
+from fetal_flax.conversion.transfer import from_state_dict, to_state_dict
 from fetal_flax.conversion.writer import state_dict_bytes
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
@@ -162,7 +162,7 @@ def test_the_head_of_a_unet_has_a_second_name(small, tmp_path):
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_both_round_trips_are_bit_exact(case, suffix):
     path = case.path.with_name(f"back{suffix}")
-    tensors = to_torch(case.network.variables, TABLES[case.model.name])
+    tensors = to_state_dict(case.network.variables, TABLES[case.model.name])
     if suffix == ".safetensors":
         safetensors.numpy.save_file(tensors, path)
     else:
@@ -207,7 +207,7 @@ def test_an_encoder_goes_back_to_torchvisions_names(encoder_file, encoder_state_
 
 
 def test_torch_can_map_every_storage_from_disk(small, tmp_path):
-    tensors = to_torch(small.network.variables, TABLES["unet"])
+    tensors = to_state_dict(small.network.variables, TABLES["unet"])
     path = tmp_path / "a.pth"
     path.write_bytes(state_dict_bytes(tensors))
     content = path.read_bytes()
@@ -430,7 +430,7 @@ def test_names_beside_a_rule_are_surplus(name):
     model = ModelConfig()
     tensors = {name: np.zeros(1, np.float32)}
     with pytest.raises(InputError) as error:
-        from_torch(
+        from_state_dict(
             tensors, TABLES[model.name], functional.shapes(model), source="FILE", network="NET"
         )
     assert f"surplus {name} with" in str(error.value)

@@ -5,7 +5,7 @@ import pytest
 
 from fetal_flax.config import ModelConfig
 from fetal_flax.conversion.names import ENCODER, IGNORED, TABLES
-from fetal_flax.conversion.transfer import from_torch
+from fetal_flax.conversion.transfer import from_state_dict
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
@@ -14,7 +14,7 @@ EXPECTED = functional.encoder_part(functional.shapes(ModelConfig(in_channels=3))
 
 
 def _transfer(tensors: dict[str, np.ndarray]) -> Variables:
-    return from_torch(tensors, TABLES[ENCODER], EXPECTED, source="FILE", network="NETWORK")
+    return from_state_dict(tensors, TABLES[ENCODER], EXPECTED, source="FILE", network="NETWORK")
 
 
 def test_every_tensor_of_torchvision_arrives_once(tensors):

@@ -67,7 +67,7 @@ def test_the_report_is_that_of_the_folds_together(finished, tmp_path):
     assert metrics["n"] == COUNT and metrics["run"]["split"] == "each of 2 folds"
     assert metrics["run"]["epoch"] == [1, 1] and metrics["run"]["checkpoint"] == str(workdir)
     for fold in range(FOLDS):
-        alone = evaluate(workdir / f"fold-{fold}", tmp_path / str(fold), split="validation")
+        alone = evaluate(workdir / f"fold-{fold}", output=tmp_path / str(fold), split="validation")
         for name in ("dice", "ellipse_dice", "ellipse_hausdorff_mm"):
             assert metrics["by"]["fold"][str(fold)][name] == alone[name]
         for row in rows(tmp_path / str(fold)):

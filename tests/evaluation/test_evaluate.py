@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from fetal_flax import checkpoints
-from fetal_flax.checkpoints import Description
+from fetal_flax.checkpoints import Checkpoint, Description
 from fetal_flax.config import DataConfig, ModelConfig, TrainConfig, to_dict
 from fetal_flax.data import hc18, splits
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
 from fetal_flax.evaluation.evaluate import evaluate
-from fetal_flax.inference.segmenter import Predictor
+from fetal_flax.inference.segmenter import Segmenter, load
 from fetal_flax.measurement.ellipse_overlap import ellipse_dice
 from fetal_flax.measurement.gestational_age import trimester
 from fetal_flax.measurement.head import OUTLINE_PX, measure_head
@@ -33,7 +33,8 @@ def home(tmp_path, monkeypatch) -> Path:
 
 def save(directory: Path, **description) -> Path:
     variables = functional.init(MODEL, 0)
-    checkpoints.save(directory, variables, Description("network", MODEL, (64, 64), **description))
+    metadata = Description("network", MODEL, (64, 64), **description)
+    checkpoints.save_checkpoint(directory, Checkpoint(variables, metadata))
     return directory
 
 
@@ -44,7 +45,7 @@ def rows(output: Path) -> dict[str, dict[str, str]]:
 
 def test_every_image_is_measured_at_native_size(tiny_hc18, tmp_path):
     checkpoint, output = save(tmp_path / "checkpoint"), tmp_path / "out"
-    metrics = evaluate(checkpoint, output, data_dir=tiny_hc18)
+    metrics = evaluate(checkpoint, output=output, data_dir=tiny_hc18)
     assert json.loads((output / "metrics.json").read_text()) == metrics
     page = (output / "report.html").read_text()
     assert page.count("data:image/jpeg") == len(NAMES) and "<h2>Training</h2>" not in page
@@ -53,12 +54,12 @@ def test_every_image_is_measured_at_native_size(tiny_hc18, tmp_path):
     )
     written = rows(output)
     assert tuple(written) == NAMES
-    predictor = Predictor.from_checkpoint(checkpoint)
+    segmenter = load(checkpoint)
     dices = []
     for record in hc18.find_records(tiny_hc18):
         image, annotated = hc18.load(record)
         mask = read_gray(output / "masks" / f"{record.name}.png")
-        (expected,) = predictor.masks([image])
+        (expected,) = segmenter.masks([image])
         np.testing.assert_array_equal(mask > 0, expected)
         both = (mask & annotated) > 0
         dices.append(2 * both.sum() / ((mask > 0).sum() + (annotated > 0).sum()))
@@ -82,9 +83,9 @@ def test_distances_and_circumferences_are_in_millimetres(tiny_hc18, tmp_path, mo
             yield item, np.where(mask, 9, -9).astype(np.float32)[None]
 
     shown = set()
-    monkeypatch.setattr(Predictor, "segment", segment)
+    monkeypatch.setattr(Segmenter, "segment", segment)
     monkeypatch.setattr(pictures, "draw_ellipse", lambda rgb, ellipse: shown.add(ellipse) or rgb)
-    metrics = evaluate(save(tmp_path / "checkpoint"), tmp_path / "out", data_dir=tiny_hc18)
+    metrics = evaluate(save(tmp_path / "checkpoint"), output=tmp_path / "out", data_dir=tiny_hc18)
     written = rows(tmp_path / "out")
     assert metrics["run"]["missed"] == ["002_HC"]
     for record in truths.values():
@@ -134,7 +135,7 @@ def test_distances_and_circumferences_are_in_millimetres(tiny_hc18, tmp_path, mo
 
 def test_metrics_say_what_was_evaluated(tiny_hc18, tmp_path):
     checkpoint = save(tmp_path / "checkpoint")
-    run = evaluate(checkpoint, tmp_path / "out", data_dir=tiny_hc18)["run"]
+    run = evaluate(checkpoint, output=tmp_path / "out", data_dir=tiny_hc18)["run"]
     assert run == {
         "checkpoint": str(checkpoint),
         "epoch": None,
@@ -157,7 +158,7 @@ def test_a_side_of_the_split_is_the_runs_own(tiny_hc18, tmp_path, split, names):
     checkpoint = save(tmp_path / "checkpoint")
     sides = splits.Split(train=(0, 3), validation=(1, 2))
     splits.write_manifest(checkpoint / "split.json", sides, NAMES, method={})
-    metrics = evaluate(checkpoint, tmp_path / "out", data_dir=tiny_hc18, split=split)
+    metrics = evaluate(checkpoint, output=tmp_path / "out", data_dir=tiny_hc18, split=split)
     assert tuple(rows(tmp_path / "out")) == names
     assert (metrics["n"], metrics["run"]["split"]) == (2, split)
 
@@ -172,7 +173,7 @@ def test_without_a_data_dir_the_runs_own_data_set_is_evaluated(tmp_path):
     config = to_dict(TrainConfig(seed=3, model=MODEL, data=data)) | {"pos_weight": 2.5}
     history = [{"epoch": 1}, {"epoch": 2}]
     checkpoint = save(tmp_path / "run", config=config, progress={"history": history})
-    run = evaluate(checkpoint, tmp_path / "out")["run"]
+    run = evaluate(checkpoint, output=tmp_path / "out")["run"]
     assert (run["dataset"], run["data_dir"], run["epoch"]) == ("fetal_phantom", None, 2)
     assert tuple(rows(tmp_path / "out")) == ("phantom_000000", "phantom_000001")
     assert read_gray(tmp_path / "out" / "masks" / "phantom_000000.png").shape == (64, 96)
@@ -184,19 +185,19 @@ def test_without_a_data_dir_the_runs_own_data_set_is_evaluated(tmp_path):
 def test_a_data_dir_goes_before_the_runs_own_data_set(tiny_hc18, tmp_path):
     data = DataConfig(dataset="fetal_phantom", cache_dir=str(tmp_path / "cache"))
     checkpoint = save(tmp_path / "run", config=to_dict(TrainConfig(model=MODEL, data=data)))
-    evaluate(checkpoint, tmp_path / "out", data_dir=tiny_hc18)
+    evaluate(checkpoint, output=tmp_path / "out", data_dir=tiny_hc18)
     assert tuple(rows(tmp_path / "out")) == NAMES
 
 
 def test_a_converted_network_needs_a_data_dir(tmp_path):
     with pytest.raises(InputError, match="--data-dir"):
-        evaluate(save(tmp_path / "checkpoint"), tmp_path / "out")
+        evaluate(save(tmp_path / "checkpoint"), output=tmp_path / "out")
 
 
 def test_a_side_of_a_split_needs_a_split(tiny_hc18, tmp_path):
     checkpoint = save(tmp_path / "checkpoint")
     with pytest.raises(InputError, match=r"has no split\.json, so it has no validation images"):
-        evaluate(checkpoint, tmp_path / "out", data_dir=tiny_hc18, split="validation")
+        evaluate(checkpoint, output=tmp_path / "out", data_dir=tiny_hc18, split="validation")
     assert not (tmp_path / "out").exists()
 
 
@@ -205,10 +206,10 @@ def test_images_of_the_split_that_the_data_set_lacks_are_an_input_error(tiny_hc1
     sides = splits.Split(train=(0,), validation=(1,))
     splits.write_manifest(checkpoint / "split.json", sides, ("000_HC", "805_HC"), method={})
     with pytest.raises(InputError, match="805_HC"):
-        evaluate(checkpoint, tmp_path / "out", data_dir=tiny_hc18, split="train")
+        evaluate(checkpoint, output=tmp_path / "out", data_dir=tiny_hc18, split="train")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_a_checkpoint_is_an_input_error(tiny_hc18, tmp_path):
     with pytest.raises(InputError, match="holds no checkpoint"):
-        evaluate(tmp_path, tmp_path / "out", data_dir=tiny_hc18)
+        evaluate(tmp_path, output=tmp_path / "out", data_dir=tiny_hc18)

@@ -10,15 +10,16 @@ import pydicom.data
 import pytest
 
 from fetal_flax import checkpoints
-from fetal_flax.checkpoints import Description
+from fetal_flax.checkpoints import Checkpoint, Description
 from fetal_flax.commands.main import main
 from fetal_flax.config import ModelConfig
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
 from fetal_flax.inference import predict as module
 from fetal_flax.inference import sources
+from fetal_flax.inference.assessment import native_mask
 from fetal_flax.inference.predict import predict
-from fetal_flax.inference.segmenter import Predictor, native_mask
+from fetal_flax.inference.segmenter import Segmenter, load
 from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.measurement.gestational_age import gestational_age
 from fetal_flax.measurement.head import OUTLINE_PX, measure_head
@@ -34,9 +35,10 @@ def checkpoint(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint")
     model = ModelConfig(name="unet", base_width=4)
     variables = functional.init(model, 0)
-    (logits,) = Predictor(model, variables, (64, 64)).logits([noise((64, 64))])
+    saved = Checkpoint(variables, Description("network", model, (64, 64)))
+    (logits,) = Segmenter(saved).logits([noise((64, 64))])
     variables.params["head/bias"] -= float(np.median(logits))
-    checkpoints.save(directory, variables, Description("network", model, (64, 64)))
+    checkpoints.save_checkpoint(directory, saved)
     return directory
 
 
@@ -65,7 +67,7 @@ def test_an_image_gets_mask_overlay_and_logits(checkpoint, tmp_path):
     image = read_gray(source)
     logits = np.load(output / "logits" / "a.npy")
     assert logits.shape == (64, 64) and logits.dtype == np.float32
-    (expected,) = Predictor.from_checkpoint(checkpoint).logits([image])
+    (expected,) = load(checkpoint).logits([image])
     np.testing.assert_array_equal(logits, expected)
 
     written = cv2.imread(str(output / "masks" / "a.png"), cv2.IMREAD_UNCHANGED)
@@ -99,7 +101,7 @@ def sees_a_head(monkeypatch):
             mask = HEAD.filled(*image(item).shape) if image(item)[0, 0] else 0 * image(item)
             yield item, np.where(mask, 9, -9).astype(np.float32)[None]
 
-    monkeypatch.setattr(Predictor, "segment", segment)
+    monkeypatch.setattr(Segmenter, "segment", segment)
 
 
 def measurements(output: Path) -> dict[str, dict[str, str]]:
@@ -166,7 +168,7 @@ def test_of_mirror_images_the_spread_is_told(checkpoint, monkeypatch, tmp_path):
             masks = [ellipse.filled(*image(item).shape) for ellipse in (HEAD, narrower)]
             yield item, np.where(np.stack(masks), 9, -9).astype(np.float32)
 
-    monkeypatch.setattr(Predictor, "segment", segment)
+    monkeypatch.setattr(Segmenter, "segment", segment)
     source = write_images(tmp_path / "in", "a.png")
     sizes = write_sizes(tmp_path / "sizes.csv", a=0.5)
     predict(checkpoint, source, tmp_path / "out", pixel_size_csv=sizes)

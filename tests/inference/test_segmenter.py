@@ -2,21 +2,29 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from scipy.special import expit
 
-from fetal_flax import checkpoints
-from fetal_flax.checkpoints import Description
+from fetal_flax.checkpoints import Checkpoint, Description, save_checkpoint
 from fetal_flax.config import ModelConfig
 from fetal_flax.data.images import resize_image
 from fetal_flax.errors import InputError
-from fetal_flax.inference.segmenter import Predictor, mean_logits, native_mask
+from fetal_flax.inference.assessment import mean_logits, native_mask
+from fetal_flax.inference.segmenter import Segmenter, load
+from fetal_flax.measurement.gestational_age import gestational_age
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
 MODEL = ModelConfig(name="unet", base_width=4)
 NO_VARIABLES = Variables({}, {})
+
+
+def checkpoint(
+    variables: Variables, image_size: tuple[int, int], model: ModelConfig = MODEL
+) -> Checkpoint:
+    return Checkpoint(variables, Description("network", model, image_size))
 
 
 @pytest.fixture
@@ -69,7 +77,7 @@ def test_masks_lie_where_the_network_saw_them_in_images_of_any_size(calls):
     for height, width in sizes:
         ramp = np.linspace(0, 200, height)[:, None] + np.linspace(0, 100, width)[None, :]
         images.append(np.clip(ramp, 0, 255).astype(np.uint8))
-    masks = Predictor(MODEL, NO_VARIABLES, (32, 64)).masks(images)
+    masks = Segmenter(checkpoint(NO_VARIABLES, (32, 64))).masks(images)
     for image, mask in zip(images, masks, strict=True):
         brighter, darker = image > 127 + 4, image < 127 - 4
         assert mask.shape == image.shape
@@ -80,7 +88,7 @@ def test_masks_lie_where_the_network_saw_them_in_images_of_any_size(calls):
 def test_the_network_sees_resized_images_in_0_to_1(calls, channels):
     model = ModelConfig(name="unet", base_width=4, in_channels=channels)
     images = random_images(2)
-    logits = list(Predictor(model, NO_VARIABLES, (32, 64)).logits(images))
+    logits = list(Segmenter(checkpoint(NO_VARIABLES, (32, 64), model)).logits(images))
     assert calls == [(2, 32, 64, channels)]
     for image, own in zip(images, logits, strict=True):
         assert own.dtype == np.float32
@@ -89,24 +97,24 @@ def test_the_network_sees_resized_images_in_0_to_1(calls, channels):
 
 def test_a_last_small_batch_is_padded_and_the_network_compiled_once(calls):
     images = random_images(7)
-    predictor = Predictor(MODEL, NO_VARIABLES, (32, 32), batch_size=3)
-    logits = list(predictor.logits(images))
+    segmenter = Segmenter(checkpoint(NO_VARIABLES, (32, 32)), batch_size=3)
+    logits = list(segmenter.logits(images))
     assert len(logits) == 7 and calls == [(3, 32, 32, 1)]
     np.testing.assert_allclose(logits[6] + 0.5, resize_image(images[6], (32, 32)) / 255, atol=1e-6)
 
 
 def test_few_images_are_not_padded_to_a_whole_batch(calls):
-    assert len(list(Predictor(MODEL, NO_VARIABLES, (32, 32)).logits(random_images(2)))) == 2
+    assert len(list(Segmenter(checkpoint(NO_VARIABLES, (32, 32))).logits(random_images(2)))) == 2
     assert calls == [(2, 32, 32, 1)]
 
 
 def test_batching_does_not_change_the_logits():
     variables = functional.init(MODEL, 0)
     images = random_images(4)
-    predictor = Predictor(MODEL, variables, (32, 32), batch_size=3)
-    together = list(predictor.logits(images))
+    segmenter = Segmenter(checkpoint(variables, (32, 32)), batch_size=3)
+    together = list(segmenter.logits(images))
     for image, logits in zip(images, together, strict=True):
-        (alone,) = predictor.logits([image])
+        (alone,) = segmenter.logits([image])
         np.testing.assert_allclose(alone, logits, atol=1e-5)
     assert np.ptp(np.stack(together), axis=0).max() > 1e-3
 
@@ -121,8 +129,8 @@ def test_images_are_taken_a_batch_at_a_time(calls):
             taken += 1
             yield number, image
 
-    predictor = Predictor(MODEL, NO_VARIABLES, (32, 32), batch_size=4)
-    pairs = predictor.segment(endless(), lambda item: item[1])
+    segmenter = Segmenter(checkpoint(NO_VARIABLES, (32, 32)), batch_size=4)
+    pairs = segmenter.segment(endless(), lambda item: item[1])
     for number in range(10):
         (own, _), _ = next(pairs)
         assert own == number
@@ -131,10 +139,10 @@ def test_images_are_taken_a_batch_at_a_time(calls):
 
 def test_items_keep_their_own_logits(calls):
     items = [(str(value), np.full((20, 30), value, np.uint8)) for value in (0, 255, 51)]
-    predictor = Predictor(MODEL, NO_VARIABLES, (32, 32), batch_size=2)
+    segmenter = Segmenter(checkpoint(NO_VARIABLES, (32, 32)), batch_size=2)
     means = {
         name: float(views.mean()) + 0.5
-        for (name, _), views in predictor.segment(items, lambda item: item[1])
+        for (name, _), views in segmenter.segment(items, lambda item: item[1])
     }
     assert means == pytest.approx({"0": 0, "255": 1, "51": 0.2})
 
@@ -142,17 +150,17 @@ def test_items_keep_their_own_logits(calls):
 def test_a_mirror_image_is_mirrored_back():
     variables = functional.init(MODEL, 0)
     (image,) = random_images(1, (32, 64))
-    predictor = Predictor(MODEL, variables, (32, 64), tta="flip")
-    (views,) = predictor.views([image])
+    segmenter = Segmenter(checkpoint(variables, (32, 64)), tta="flip")
+    (views,) = segmenter.views([image])
     direct, mirrored = (
-        next(Predictor(MODEL, variables, (32, 64)).logits([seen]))
+        next(Segmenter(checkpoint(variables, (32, 64))).logits([seen]))
         for seen in (image, np.ascontiguousarray(image[:, ::-1]))
     )
     assert views.shape == (2, 32, 64)
     np.testing.assert_allclose(views[0], direct, atol=1e-5)
     np.testing.assert_allclose(views[1], mirrored[:, ::-1], atol=1e-5)
     assert np.abs(views[0] - views[1]).max() > 1e-3
-    (averaged,) = predictor.logits([image])
+    (averaged,) = segmenter.logits([image])
     mean = (expit(views[0]) + expit(views[1])) / 2
     np.testing.assert_allclose(expit(averaged), mean, atol=1e-6)
 
@@ -167,19 +175,80 @@ def test_mean_logits_are_exact_where_probabilities_round():
 
 
 def test_no_images_give_no_masks(calls):
-    assert Predictor(MODEL, NO_VARIABLES, (32, 32)).masks([]) == []
+    assert Segmenter(checkpoint(NO_VARIABLES, (32, 32))).masks([]) == []
 
 
 def test_a_checkpoint_predicts_as_its_variables_do(tmp_path: Path):
     variables = functional.init(MODEL, 5)
-    checkpoints.save(tmp_path, variables, Description("network", MODEL, (32, 64)))
+    save_checkpoint(tmp_path, checkpoint(variables, (32, 64)))
     (image,) = random_images(1)
-    (loaded,) = Predictor.from_checkpoint(tmp_path).logits([image])
-    (direct,) = Predictor(MODEL, variables, (32, 64)).logits([image])
+    (loaded,) = load(tmp_path).logits([image])
+    (direct,) = Segmenter(checkpoint(variables, (32, 64))).logits([image])
     assert loaded.shape == (32, 64)
     np.testing.assert_array_equal(loaded, direct)
 
 
 def test_a_folder_without_a_checkpoint_is_an_input_error(tmp_path: Path):
     with pytest.raises(InputError, match="holds no checkpoint"):
-        Predictor.from_checkpoint(tmp_path)
+        load(tmp_path)
+
+
+def bright_ellipse() -> np.ndarray:
+    """What the network in `calls` takes for a head."""
+    image = np.zeros((180, 240), np.uint8)
+    return cv2.ellipse(image, ((120.0, 90.0), (130.0, 100.0), 0.0), 255, -1)
+
+
+def test_a_head_is_measured_in_pixels_and_where_their_size_is_known_in_millimetres(calls):
+    segmenter = Segmenter(checkpoint(NO_VARIABLES, (96, 128)))
+    in_mm = segmenter.measure(bright_ellipse(), 0.5)
+    assert in_mm.head and in_mm.hc_mm and in_mm.bpd_mm and in_mm.ofd_mm
+    # The outline of 1.4 pixels on either side is taken off.
+    assert in_mm.ofd_mm == pytest.approx(0.5 * (130 - 2.8), abs=0.5)
+    assert in_mm.bpd_mm == pytest.approx(0.5 * (100 - 2.8), abs=0.5)
+    assert in_mm.hc_mm == in_mm.head.in_mm(0.5).circumference
+    age = gestational_age(in_mm.hc_mm)
+    assert age and in_mm.ga_weeks == age.weeks and in_mm.gestational_age == age
+    in_pixels = segmenter.measure(bright_ellipse())
+    assert in_pixels.head == in_mm.head
+    assert in_pixels.hc_mm is in_pixels.bpd_mm is in_pixels.ofd_mm is in_pixels.ga_weeks is None
+    missed = segmenter.measure(np.zeros((180, 240), np.uint8), 0.5)
+    assert missed.head is missed.hc_mm is missed.ga_weeks is None
+    assert missed.flags == ("no_head",) and not missed.mask.any()
+
+
+def test_measure_all_takes_files_and_images_and_sizes_for_all_or_each(calls, tmp_path):
+    segmenter = Segmenter(checkpoint(NO_VARIABLES, (96, 128)), batch_size=2)
+    cv2.imwrite(str(tmp_path / "a.png"), bright_ellipse())
+    images = [tmp_path / "a.png", str(tmp_path / "a.png"), bright_ellipse()]
+    sizes = [[m.pixel_size_mm for m in segmenter.measure_all(images)]]
+    for given in (0.5, np.float64(0.5), [0.5, None, 0.25]):
+        measured = list(segmenter.measure_all(images, pixel_sizes_mm=given))
+        sizes.append([m.pixel_size_mm for m in measured])
+        assert all(np.array_equal(m.mask, measured[0].mask) for m in measured)
+    assert sizes == [[None] * 3, [0.5] * 3, [0.5] * 3, [0.5, None, 0.25]]
+    for given in ([0.5], [0.5] * 4):
+        with pytest.raises(InputError, match="not as many pixel_sizes_mm as images"):
+            list(segmenter.measure_all(images, pixel_sizes_mm=given))
+    with pytest.raises(InputError, match="no such image file"):
+        list(segmenter.measure_all([tmp_path / "b.png"]))
+
+
+@pytest.mark.parametrize(
+    ("image", "named"),
+    [
+        (np.zeros((40, 56, 3), np.uint8), r"uint8 with shape \(40, 56, 3\): give grey uint8"),
+        (np.zeros((40, 56)), "float64 with shape"),
+        (np.zeros((40, 8), np.uint8), "8×40 pixels, too few"),
+        ([[0]], "list"),
+    ],
+)
+def test_what_is_no_grey_image_is_named(calls, image, named):
+    with pytest.raises(InputError, match=named):
+        Segmenter(checkpoint(NO_VARIABLES, (32, 32))).measure(image)
+
+
+@pytest.mark.parametrize("size", [0, -1.0, float("nan"), 1000])
+def test_what_is_no_pixel_size_is_named(calls, size):
+    with pytest.raises(InputError, match="is not a positive number of mm below 1000"):
+        Segmenter(checkpoint(NO_VARIABLES, (32, 32))).measure(bright_ellipse(), size)

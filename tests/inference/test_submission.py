@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from fetal_flax import checkpoints
-from fetal_flax.checkpoints import Description
+from fetal_flax.checkpoints import Checkpoint, Description
 from fetal_flax.commands.main import main
 from fetal_flax.config import ModelConfig
-from fetal_flax.inference.segmenter import Predictor
+from fetal_flax.inference.segmenter import Segmenter
 from fetal_flax.inference.submission import COLUMNS, to_row
 from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.models import functional
@@ -33,18 +33,17 @@ def challenge(tmp_path, monkeypatch) -> Path:
         rows.append(f"{name},{PIXEL_SIZE_MM}")
     (tmp_path / "sizes.csv").write_text("\r\n".join(rows))
     model = ModelConfig(name="unet", base_width=4)
-    checkpoints.save(
-        tmp_path / "checkpoint",
-        functional.init(model, 0),
-        # Phantoms' masks have no outline to take off.
-        Description("network", model, (64, 64), config={"data": {"dataset": "fetal_phantom"}}),
-    )
+    # Phantoms' masks have no outline to take off.
+    config = {"data": {"dataset": "fetal_phantom"}}
+    metadata = Description("network", model, (64, 64), config=config)
+    saved = Checkpoint(functional.init(model, 0), metadata)
+    checkpoints.save_checkpoint(tmp_path / "checkpoint", saved)
 
     def segment(self, items, image):
         for item in items:
             yield item, np.where(image(item) > 0, 9, -9).astype(np.float32)[None]
 
-    monkeypatch.setattr(Predictor, "segment", segment)
+    monkeypatch.setattr(Segmenter, "segment", segment)
     return tmp_path
 
 

@@ -15,7 +15,7 @@ def logits_shape() -> Callable[..., tuple[int, ...]]:
     """Returns the shape of the logits of images of a shape; nothing is computed."""
 
     def shape(config: ModelConfig, *images: int) -> tuple[int, ...]:
-        logits, _ = jax.eval_shape(
+        logits = jax.eval_shape(
             lambda variables, x: functional.apply(config, variables, x),
             functional.shapes(config),
             jax.ShapeDtypeStruct(images, jnp.float32),

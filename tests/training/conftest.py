@@ -16,7 +16,9 @@ TIMINGS = {"seconds", "images_per_second", "waiting"}
 @pytest.fixture(scope="session")
 def finished(small_config, tmp_path_factory) -> Path:
     """The workdir of an undisturbed run of two epochs."""
-    return train(small_config(), tmp_path_factory.mktemp("runs") / "finished", profile=True)
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    train(small_config(), workdir, profile=True)
+    return workdir
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +40,7 @@ def same_state() -> Callable[[Path, Path], bool]:
     """Compares the best networks of two runs bit by bit."""
 
     def same(workdir: Path, other: Path) -> bool:
-        loaded = [checkpoints.load(path)[0] for path in (workdir, other)]
+        loaded = [checkpoints.load_checkpoint(path)[0] for path in (workdir, other)]
         return all(
             np.array_equal(ours[name], theirs[name])
             for ours, theirs in zip(*loaded, strict=True)

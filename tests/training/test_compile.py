@@ -11,14 +11,13 @@ from fetal_flax.training.setup import prepare
 
 
 def test_a_run_traces_its_training_step_once_and_ahead_of_time(small_config, tmp_path, monkeypatch):
-    apply, traced = functional.apply, []
+    apply_train, traced = functional.apply_train, []
 
     def counted(*arguments, **keywords):
-        if keywords.get("train"):
-            traced.append(None)
-        return apply(*arguments, **keywords)
+        traced.append(None)
+        return apply_train(*arguments, **keywords)
 
-    monkeypatch.setattr(functional, "apply", counted)
+    monkeypatch.setattr(functional, "apply_train", counted)
     setup = prepare(small_config())
     assert isinstance(setup.compiled_chunk.compiled, jax.stages.Compiled)
     assert setup.compiled_chunk.seconds > 0

@@ -113,10 +113,12 @@ def test_a_scheduler_can_tell_a_stop_from_a_failure(error, code, monkeypatch, ca
 
 
 def test_the_same_seed_gives_the_same_bits(finished, small_config, tmp_path, read_rows, same_state):
-    workdir = train(small_config(), tmp_path / "run")
+    workdir = tmp_path / "run"
+    train(small_config(), workdir)
     assert read_rows(workdir) == read_rows(finished)
     assert same_state(workdir, finished)
-    other = train(dataclasses.replace(small_config(), seed=1), tmp_path / "other")
+    other = tmp_path / "other"
+    train(dataclasses.replace(small_config(), seed=1), other)
     assert not same_state(other, finished)
 
 
@@ -171,7 +173,7 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it(small_config, tmp_pat
     batch = np.load(workdir / "non_finite" / "step_2.npz")
     assert batch["image"].shape == (8, 32, 32, 1)
     assert set(batch["name"]) < {f"phantom_{index:06d}" for index in range(45)}
-    variables, description = checkpoints.load(workdir)
+    variables, description = checkpoints.load_checkpoint(workdir)
     assert len(description.progress["begun"]) == 1
     assert all(np.isfinite(array).all() for array in variables.params.values())
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from fetal_flax.config import LossConfig
-from fetal_flax.training.losses import bce_with_logits, dice_bce_loss, hard_dice, soft_dice
+from fetal_flax.training.losses import bce_with_logits, dice_bce, hard_dice, soft_dice
 
 IMAGE, BATCH = LossConfig(), LossConfig(dice_over="batch")
 SHAPE = (3, 5, 4, 1)
@@ -40,7 +40,7 @@ def _torch_loss(logits, masks, config: LossConfig, pos_weight: float) -> torch.T
 
 
 def _loss(logits, masks, valid=(True, True, True), config=IMAGE, pos_weight=3.7) -> jax.Array:
-    return dice_bce_loss(
+    return dice_bce(
         jnp.asarray(logits),
         jnp.asarray(masks),
         jnp.asarray(valid),

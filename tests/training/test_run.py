@@ -20,7 +20,7 @@ from fetal_flax.config import (
     TrainConfig,
 )
 from fetal_flax.errors import InputError, Interrupted
-from fetal_flax.inference.segmenter import Predictor
+from fetal_flax.inference.segmenter import Segmenter
 from fetal_flax.measurement.ellipse_overlap import ellipse_dice
 from fetal_flax.measurement.overlap import segmentation_metrics
 from fetal_flax.models import functional
@@ -60,8 +60,8 @@ def test_the_sheet_shows_validation_images_from_the_worst_ellipse_to_the_best(
             masks[record.name] &= ~hole
     masks[records[3].name][:] = False
     sheets = []
-    logits = [np.where(mask, np.float32(9), np.float32(-9)) for mask in masks.values()]
-    monkeypatch.setattr(Predictor, "logits", lambda self, images: iter(logits))
+    views = [np.where(mask, np.float32(9), np.float32(-9))[None] for mask in masks.values()]
+    monkeypatch.setattr(Segmenter, "views", lambda self, images: iter(views))
     monkeypatch.setattr(pictures, "overlay_sheet", lambda path, images: sheets.append(images))
     write_validation_sheet(run, finished)
     (images,) = sheets
@@ -76,7 +76,7 @@ def test_the_sheet_shows_validation_images_from_the_worst_ellipse_to_the_best(
 
 
 def test_the_best_checkpoint_describes_itself(finished, read_rows):
-    variables, description = checkpoints.load(finished)
+    variables, description = checkpoints.load_checkpoint(finished)
     assert description.model == ModelConfig(name="unet", base_width=4)
     assert description.image_size == (32, 32)
     assert variables.params.keys() == functional.shapes(description.model).params.keys()
@@ -101,7 +101,8 @@ def test_the_devices_own_batches_train_as_the_hosts_do(finished, small_config, t
     """Steps by ones and fours; the warp is a grey level off here and there."""
     for steps in (1, 4):
         config = on_device(small_config(), steps_per_dispatch=steps)
-        workdir = train(config, tmp_path / str(steps))
+        workdir = tmp_path / str(steps)
+        train(config, workdir)
         for ours, theirs in zip(read_rows(workdir), read_rows(finished), strict=True):
             for name in theirs:
                 assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=2e-3), name
@@ -114,7 +115,8 @@ def test_calls_of_more_or_fewer_steps_train_alike(finished, small_config, tmp_pa
     config = small_config()
     for steps in (1, 3, 4):
         data = dataclasses.replace(config.data, steps_per_dispatch=steps)
-        workdir = train(dataclasses.replace(config, data=data), tmp_path / str(steps))
+        workdir = tmp_path / str(steps)
+        train(dataclasses.replace(config, data=data), workdir)
         for ours, theirs in zip(read_rows(workdir), read_rows(finished), strict=True):
             for name in theirs:
                 assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=1e-4), name
@@ -122,7 +124,8 @@ def test_calls_of_more_or_fewer_steps_train_alike(finished, small_config, tmp_pa
 
 @pytest.mark.slow
 def test_resuming_on_the_devices_own_batches_is_exact(small_config, tmp_path, read_rows):
-    undisturbed = train(on_device(small_config(), steps_per_dispatch=4), tmp_path / "undisturbed")
+    undisturbed = tmp_path / "undisturbed"
+    train(on_device(small_config(), steps_per_dispatch=4), undisturbed)
     config = on_device(small_config(epochs=1), steps_per_dispatch=4)
     train(config, tmp_path / "run")
     config = on_device(small_config(epochs=2), steps_per_dispatch=4)
@@ -151,7 +154,8 @@ def with_recipe(config: TrainConfig) -> TrainConfig:
 def by_recipe(small_config, tmp_path_factory) -> Path:
     """The workdir of an undisturbed run with everything that a recipe may add."""
     workdir = tmp_path_factory.mktemp("recipe") / "run"
-    return train(with_recipe(small_config(epochs=3)), workdir)
+    train(with_recipe(small_config(epochs=3)), workdir)
+    return workdir
 
 
 def test_a_recipe_is_resumed_exactly(by_recipe, small_config, tmp_path, read_rows, same_state):
@@ -176,7 +180,7 @@ def test_a_recipe_keeps_the_average_and_chooses_by_the_ellipse(by_recipe, read_r
     assert [float(row["learning_rate"]) for row in rows] == pytest.approx(
         [3e-4 * 0.5 * (1 + math.cos(math.pi * (step - 2) / 10)) for step in (3, 7, 11)]
     )
-    _, description = checkpoints.load(by_recipe)
+    _, description = checkpoints.load_checkpoint(by_recipe)
     best = max(float(row["validation_ellipse_dice"]) for row in rows)
     assert description.progress["history"][-1]["validation_ellipse_dice"] == best
 
@@ -195,8 +199,9 @@ def test_a_run_begins_with_a_trained_network(finished, small_config, tmp_path, r
         data=dataclasses.replace(config.data, image_size=(48, 48)),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-30),
     )
-    workdir = train(config, tmp_path / "run")
-    ours, theirs = checkpoints.load(workdir)[0], checkpoints.load(finished)[0]
+    workdir = tmp_path / "run"
+    train(config, workdir)
+    ours, theirs = checkpoints.load_checkpoint(workdir)[0], checkpoints.load_checkpoint(finished)[0]
     for name in theirs.params:
         np.testing.assert_array_equal(ours.params[name], theirs.params[name])
     assert float(read_rows(workdir)[0]["validation_dice"]) > 0.3
@@ -228,7 +233,8 @@ def test_early_stopping_ends_a_run(small_config, tmp_path, read_rows):
     # A rate of nearly nothing cannot improve for long.
     config = small_config(epochs=30, early_stopping_patience=1)
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-30)
-    workdir = train(dataclasses.replace(config, optimizer=optimizer), tmp_path / "run")
+    workdir = tmp_path / "run"
+    train(dataclasses.replace(config, optimizer=optimizer), workdir)
     assert len(read_rows(workdir)) < 30
 
 
@@ -249,7 +255,8 @@ def test_resuming_with_another_config_is_refused(finished, small_config):
 
 
 def test_resuming_with_other_data_is_refused(small_config, tmp_path):
-    workdir = train(small_config(epochs=1), tmp_path / "run")
+    workdir = tmp_path / "run"
+    train(small_config(epochs=1), workdir)
     manifest = json.loads((workdir / "split.json").read_text())
     manifest["train"].pop()
     (workdir / "split.json").write_text(json.dumps(manifest))

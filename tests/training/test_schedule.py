@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fetal_flax.config import ScheduleConfig
-from fetal_flax.training.schedule import EarlyStopping, Plateau, rate_factor
+from fetal_flax.training.schedule import EarlyStopping, ReduceLROnPlateau, rate_factor
 
 # Ties, negatives, and gains around the relative threshold of 1e-4.
 METRICS = st.lists(
@@ -52,7 +52,7 @@ def test_plateau_is_torchs(metrics, patience, factor, min_learning_rate, thresho
         min_learning_rate=min_learning_rate,
         threshold=threshold,
     )
-    rates, plateau = {"main": 3e-4, "encoder": 3e-5}, Plateau()
+    rates, plateau = {"main": 3e-4, "encoder": 3e-5}, ReduceLROnPlateau()
     optimizer, scheduler = _torch_scheduler(rates, config)
     for metric in metrics:
         plateau, rates = plateau.update(metric, rates, config)
@@ -62,7 +62,7 @@ def test_plateau_is_torchs(metrics, patience, factor, min_learning_rate, thresho
 
 
 def test_plateau_reduces_when_bad_epochs_exceed_patience():
-    config, plateau = ScheduleConfig(patience=2, factor=0.5), Plateau()
+    config, plateau = ScheduleConfig(patience=2, factor=0.5), ReduceLROnPlateau()
     seen = []
     for metric in (0.5, 0.5, 0.5, 0.5, 0.5):
         plateau, rates = plateau.update(metric, {"main": 1.0}, config)
@@ -71,16 +71,16 @@ def test_plateau_reduces_when_bad_epochs_exceed_patience():
 
 
 def test_plateau_stops_at_the_lowest_rate():
-    config, plateau, rates = ScheduleConfig(patience=0), Plateau(best=1.0), {"main": 3e-4}
+    config, plateau, rates = ScheduleConfig(patience=0), ReduceLROnPlateau(best=1.0), {"main": 3e-4}
     for _ in range(20):
         plateau, rates = plateau.update(0.5, rates, config)
     assert rates == {"main": 1e-6}
 
 
 def test_plateau_leaves_its_arguments_alone():
-    config, plateau, rates = ScheduleConfig(patience=0), Plateau(best=1.0), {"main": 3e-4}
+    config, plateau, rates = ScheduleConfig(patience=0), ReduceLROnPlateau(best=1.0), {"main": 3e-4}
     plateau.update(0.5, rates, config)
-    assert (plateau, rates) == (Plateau(best=1.0), {"main": 3e-4})
+    assert (plateau, rates) == (ReduceLROnPlateau(best=1.0), {"main": 3e-4})
 
 
 def _stopped_at(metrics: list[float], patience: int) -> int | None:
@@ -116,7 +116,7 @@ def test_early_stopping_remembers_the_best_epoch():
     assert stopping == EarlyStopping(best=0.8, best_epoch=2, bad_epochs=2)
 
 
-@pytest.mark.parametrize("state", [Plateau(), EarlyStopping()])
+@pytest.mark.parametrize("state", [ReduceLROnPlateau(), EarlyStopping()])
 def test_states_begin_below_every_metric(state):
     assert state.best == -math.inf
 

@@ -142,13 +142,17 @@ def test_one_device_and_two_agree_on_the_default_network(make_batch):
 
 
 def test_a_step_is_traced_once_whatever_the_learning_rate_and_pos_weight(monkeypatch, make_batch):
-    traced, apply = [], functional.apply
+    traced = []
 
-    def record(*arguments, **keywords):
-        traced.append(keywords.get("train", False))
-        return apply(*arguments, **keywords)
+    def recorded(function):
+        def record(*arguments, **keywords):
+            traced.append(function.__name__)
+            return function(*arguments, **keywords)
 
-    monkeypatch.setattr(functional, "apply", record)
+        return record
+
+    for function in (functional.apply, functional.apply_train):
+        monkeypatch.setattr(functional, function.__name__, recorded(function))
     mesh = create_mesh(jax.devices()[:2])
     steps = create_programs(UNET, mesh)
     state = create_state(UNET, _variables(UNET), mesh)
@@ -159,7 +163,7 @@ def test_a_step_is_traced_once_whatever_the_learning_rate_and_pos_weight(monkeyp
         )
         variables = Variables(state.params, state.batch_stats)
         steps.validation_step(variables, weight, make_batch(4, 16, 16, seed=1), None)
-    assert sorted(traced) == [False, True]
+    assert sorted(traced) == ["apply", "apply_train"]
     assert int(state.step) == 3
 
 
@@ -193,10 +197,13 @@ def test_metrics_and_statistics_are_those_of_the_batch(unet, train, make_batch):
     mesh, steps = unet
     batch, variables = make_batch(2, 16, 16), _variables(UNET)
     images, masks = jnp.float32(batch.image) / 255, jnp.float32(batch.mask)
-    logits, batch_stats = jax.jit(lambda v, x: functional.apply(UNET.model, v, x, train=train))(
-        variables, images
-    )
-    loss = losses.dice_bce_loss(
+    if train:
+        logits, batch_stats = jax.jit(functional.apply_train, static_argnums=0)(
+            UNET.model, variables, images
+        )
+    else:
+        logits = jax.jit(functional.apply, static_argnums=0)(UNET.model, variables, images)
+    loss = losses.dice_bce(
         logits, masks, jnp.ones(2, bool), config=UNET.loss, pos_weight=POS_WEIGHT
     )
     dice = losses.hard_dice(logits, masks)

@@ -130,7 +130,7 @@ def test_the_features_are_the_encoders(make_batch):
         variables = jax.tree.map(lambda a: np.asarray(a, np.float64), functional.init(model, 0))
         images = make_batch(2, 32, 64).image / 255
         features = functional.encode(model, variables, images)
-        (whole, _), (halves, _) = (
+        whole, halves = (
             functional.apply(model, variables, images, features=given) for given in (None, features)
         )
     assert [array.shape[-1] for array in features] == [16, 24, 32, 96, 1280]

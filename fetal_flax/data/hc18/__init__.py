@@ -15,11 +15,12 @@ from fetal_flax.data.hc18.folder import (
     fingerprint,
     load,
 )
-from fetal_flax.data.hc18.measurements import CSV, MOST_MM, read_pixel_sizes
+from fetal_flax.data.hc18.measurements import COLUMNS, CSV, MOST_MM, read_pixel_sizes
 from fetal_flax.data.hc18.outlines import fill_outline
 from fetal_flax.data.hc18.zenodo import download
 
 __all__ = [
+    "COLUMNS",
     "CSV",
     "IMAGES",
     "MOST_MM",

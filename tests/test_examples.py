@@ -1,0 +1,78 @@
+"""The scripts in examples/, run on small data."""
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import pytest
+
+import fetal_flax as ff
+from fetal_flax.checkpoints import shipped
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, monkeypatch, *flags: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        script(name).main()  # As people have it.
+
+
+def test_every_example_is_run_here():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        *("measure_scan", "lift_a_block", "own_training_loop"),
+    }
+
+
+def losses(printed: str) -> list[float]:
+    return [float(line.rpartition(" ")[2]) for line in printed.splitlines() if "loss" in line]
+
+
+def test_a_training_loop_of_ones_own_leaves_a_network_that_measures(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "own"
+    flags = ("--steps", "6", "--side", "32", "--output", str(output))
+    run("own_training_loop", monkeypatch, *flags)
+    values = losses(capsys.readouterr().out)
+    assert len(values) == 6 and values[-1] < values[0]
+    run("measure_scan", monkeypatch, "--checkpoint", str(output))
+    printed = capsys.readouterr().out
+    assert "a phantom whose head circumference is" in printed and "look at:" in printed
+
+
+def test_a_scan_is_measured_with_a_shipped_network_or_none_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    with pytest.raises(SystemExit):
+        run("measure_scan", monkeypatch)
+    assert "this package ships no network" in capsys.readouterr().err
+    config = ff.ModelConfig(name="unet", base_width=1)
+    arrays = shipped.to_float16(ff.init(config, seed=0))
+    described = ff.Description("network", config, (32, 48))
+    shipped.save(tmp_path / "hc18-tiny", shipped.contents(arrays, described, {}))
+    run("measure_scan", monkeypatch)
+    assert "look at:" in capsys.readouterr().out
+
+
+def test_a_lifted_block_learns_and_needs_nothing_else_of_ours(monkeypatch, capsys):
+    tree = ast.parse((EXAMPLES / "lift_a_block.py").read_text())
+    ours = [
+        (node.module, [alias.name for alias in node.names])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("fetal_flax")
+    ]
+    assert ours == [("fetal_flax.models", ["ResidualSEBlock"])]
+    run("lift_a_block", monkeypatch)
+    values = losses(capsys.readouterr().out)
+    assert values[-1] < 0.5 * values[0]
