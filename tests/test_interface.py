@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import importlib
 import importlib.metadata
 import inspect
 import subprocess
@@ -134,7 +135,9 @@ def folder(tmp_path_factory) -> Iterator[Path]:
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_the_example_is_true(name, folder, small_config):
     value = named(name)
-    known = {"ff": ff, "jax": jax, "jnp": jnp, "nnx": nnx, "image": head(0)}
+    # As in a doctest of its module, and what a reader of the interface has.
+    known = vars(importlib.import_module(getattr(value, "__module__", "fetal_flax")))
+    known = known | {"ff": ff, "jax": jax, "jnp": jnp, "nnx": nnx, "image": head(0)}
     known["config"] = small_config(epochs=1)
     methods = [member for member in vars(value).values()] if name == "Segmenter" else []
     examples = 0

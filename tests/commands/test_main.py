@@ -56,7 +56,7 @@ def test_an_unknown_command_is_bad_input(capsys):
         (["train", "--seed", "99999999999999999999"], "seed must be 0 or more and below 2^32"),
         (["train", "--optimizer.learning-rate", "inf"], "optimizer.learning_rate must be a finite"),
         (["train", "--encoder.weights", "missing.pth"], "missing.pth"),
-        (["train", "hc19"], "baseline_unet, hc18, hc18_described, phantom"),
+        (["train", "hc19"], "choose one of baseline_mobilenet_unet, baseline_unet, hc18, "),
         (["train", "a\nb"], "no preset 'a\\nb'"),
         (["train", "hc18", "--config", "mine.py"], "name or --config, not both"),
         (["train", "--seed", "3", "hc18"], "hc18 is no flag's value"),

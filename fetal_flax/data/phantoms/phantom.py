@@ -52,6 +52,11 @@ def make_phantom(
     Returns:
         The phantom. Other sizes show the same anatomy with other speckle; the whole 800x540
         scene is fitted into the image and centred.
+
+    Example:
+        >>> phantom = ff.make_phantom(0, 0, height=135, width=200)
+        >>> phantom.image.shape, phantom.image.dtype, f"{phantom.head_circumference_mm:.0f} mm"
+        ((135, 200), dtype('uint8'), '251 mm')
     """
     anatomy_rng, speckle_rng = np.random.default_rng([seed, index]).spawn(2)
     scale = min(height / REFERENCE_HEIGHT, width / REFERENCE_WIDTH)
