@@ -6,7 +6,8 @@ Every row changes one thing of `BASE`. Its best epoch is chosen by the ellipse's
 network's size over the whole validation split, and measured at native size on either half of the
 validation examinations: choose by the first half, report the second. A row that was interrupted
 goes on, one that is done is not trained again, so rows can be added in any order
-(`--rows base soft-masks`).
+(`--rows base "soft masks"`). `--runs WORKDIR ...` adds rows for whole recipes that were trained by
+themselves, `--rows` without a name leaves the others out.
 """
 
 import argparse
@@ -56,16 +57,23 @@ class Figures(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="HC18 folder")
-    parser.add_argument("--encoder", required=True, help="as --encoder.weights")
+    parser.add_argument("--encoder", help="as --encoder.weights; rows that are trained need it")
     parser.add_argument("--workdir", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
+    parser.add_argument(
+        "--rows", nargs="*", default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
+    )
+    parser.add_argument("--runs", type=Path, nargs="+", default=[], help="workdirs of other runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--size", type=int, default=128, help="height and width of the images")
     parser.add_argument("--epochs", type=int, default=12)
     arguments = parser.parse_args()
+    if unknown := set(arguments.rows) - set(ROWS):
+        parser.error(f"there is no row {min(unknown)}: choose from {', '.join(ROWS)}")
+    if arguments.rows and not arguments.encoder:
+        parser.error("--encoder is needed by the rows that are trained")
     shared = (
         *("--config", str(ROOT / "configs" / "hc18.py")),
-        *("--data.data-dir", str(arguments.data_dir), "--encoder.weights", arguments.encoder),
+        *("--data.data-dir", str(arguments.data_dir), "--encoder.weights", str(arguments.encoder)),
         *("--data.image-size", str(arguments.size), str(arguments.size)),
         *("--schedule.epochs", str(arguments.epochs), *BASE),
     )
@@ -78,8 +86,11 @@ def main() -> None:
             flags = (*shared, *ROWS[name], "--seed", str(seed), "--workdir", str(workdir))
             _train(workdir, flags, arguments.epochs)
             runs.append(_measure(workdir, arguments.data_dir))
-            minutes += sum(float(row["seconds"]) for row in _rows(workdir / "metrics.csv")) / 60
+            minutes += _minutes(workdir)
         print(_table_row(name, runs, minutes), flush=True)
+    for workdir in arguments.runs:
+        figures = _measure(workdir, arguments.data_dir)
+        print(_table_row(workdir.name, [figures], _minutes(workdir)), flush=True)
 
 
 def _train(workdir: Path, flags: Sequence[str], epochs: int) -> None:
@@ -112,6 +123,10 @@ def _table_row(name: str, runs: Sequence[Figures], minutes: float) -> str:
         dice, hausdorff, adf = np.mean(half, axis=0)
         cells.append(f"{dice:.4f}, {hausdorff:.2f}, {adf:.2f}")
     return f"| {name} | {' | '.join(cells)} | {len(runs)} | {minutes:.0f} |"
+
+
+def _minutes(workdir: Path) -> float:
+    return sum(float(row["seconds"]) for row in _rows(workdir / "metrics.csv")) / 60
 
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:
