@@ -69,14 +69,13 @@ class InstalledWheel:
 
 
 @pytest.fixture
-def install_wheel(tmp_path_factory) -> Callable[..., InstalledWheel]:
-    """Builds a wheel of the project, which may be changed before, and installs it."""
+def install_wheel(tmp_path_factory) -> Callable[[], InstalledWheel]:
+    """Builds a wheel of the project and installs it."""
 
-    def install(change: Callable[[Path], None] = lambda _: None) -> InstalledWheel:
+    def install() -> InstalledWheel:
         project, target = (tmp_path_factory.mktemp(name) for name in ("project", "installed"))
         ignored = shutil.ignore_patterns(".*", "runs", "__pycache__")
         shutil.copytree(ROOT, project, ignore=ignored, dirs_exist_ok=True)
-        change(project)
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*pip, "--target", str(target), str(project)], check=True)
         shutil.rmtree(project)

@@ -113,7 +113,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
     ff.save_checkpoint(folder / "runs" / "hc18", checkpoint)
     arrays = shipped.to_float16(checkpoint.variables)
     files = shipped.contents(arrays, checkpoint.metadata, {})
-    shipped.save(folder / "networks" / "hc18-compact", files)
+    shipped.save(folder / "networks" / "hc18-described", files)
     cv2.imwrite(str(folder / "scan.png"), head(0))
     (folder / "HC18" / "training_set").mkdir(parents=True)
     rows = ["filename,pixel size(mm),head circumference (mm)"]

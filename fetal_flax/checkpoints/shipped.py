@@ -41,7 +41,7 @@ from fetal_flax.errors import InputError, printable
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
-DEFAULT_NETWORK = "hc18-compact"
+DEFAULT_NETWORK = "hc18-described"
 """What `predict` takes where no checkpoint is given."""
 FOLDER = Path(__file__).parents[1] / "networks"
 
@@ -97,7 +97,7 @@ def list_networks() -> tuple[ShippedNetwork, ...]:
     Example:
         >>> for network in ff.list_networks():
         ...     print(network.name, network.title, network.parameters, network.licence)
-        hc18-compact unet 30715 CC BY 4.0
+        hc18-described unet 30715 CC BY 4.0
     """
     return tuple(_summary(name) for name in names())
 
@@ -244,11 +244,14 @@ def save(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def to_float16(variables: Variables, *, encoder: bool = True) -> dict[str, np.ndarray]:
-    """Returns the nearest float16 arrays by name, parameters and batch statistics together.
+    """Returns the arrays to store by name, parameters and batch statistics together.
+
+    Kernels become the nearest float16 values. Vectors (biases, scales, statistics) stay float32:
+    they are 1 % of the bytes, and a rounded one shifts a whole map.
 
     Args:
         variables: Parameters and batch statistics.
-        encoder: Whether those of the encoder too, or as float32, as they are.
+        encoder: Whether the encoder's kernels too, or as float32, as they are.
 
     Raises:
         InputError: An array has values that are not finite, or beyond float16.
@@ -256,7 +259,7 @@ def to_float16(variables: Variables, *, encoder: bool = True) -> dict[str, np.nd
     arrays = {}
     for name, array in (variables.params | variables.batch_stats).items():
         arrays[name] = whole = np.asarray(array)
-        if encoder or not name.startswith(functional.ENCODER):
+        if whole.ndim > 1 and (encoder or not name.startswith(functional.ENCODER)):
             with np.errstate(over="ignore"):
                 arrays[name] = whole.astype(np.float16)
         if not np.isfinite(arrays[name]).all():

@@ -21,7 +21,7 @@ class Measurement:
     """What is seen in an image, in pixels of its own size; in millimetres where these are known.
 
     Example:
-        >>> result = ff.load("hc18-compact").measure(image, pixel_size_mm=0.5)
+        >>> result = ff.load("hc18-described").measure(image, pixel_size_mm=0.5)
         >>> result.mask.shape == image.shape, result.flags
         (True, ())
         >>> f"HC {result.hc_mm:.0f} mm, BPD {result.bpd_mm:.0f} mm, OFD {result.ofd_mm:.0f} mm"

@@ -88,7 +88,7 @@ class Segmenter:
             InputError: The image or the pixel size is none.
 
         Example:
-            >>> result = ff.load("hc18-compact").measure(image, pixel_size_mm=0.5)
+            >>> result = ff.load("hc18-described").measure(image, pixel_size_mm=0.5)
             >>> f"{result.hc_mm:.0f} mm"
             '178 mm'
         """
@@ -113,7 +113,7 @@ class Segmenter:
                 raised when its turn comes.
 
         Example:
-            >>> segmenter = ff.load("hc18-compact")
+            >>> segmenter = ff.load("hc18-described")
             >>> for result in segmenter.measure_all(["scan.png", "scan.png"], pixel_sizes_mm=0.5):
             ...     print(f"{result.hc_mm:.0f} mm", result.flags)
             178 mm ()
@@ -153,7 +153,7 @@ class Segmenter:
             images: Grey, uint8, (height, width), of any sizes.
 
         Example:
-            >>> [mask] = ff.load("hc18-compact").masks([image])
+            >>> [mask] = ff.load("hc18-described").masks([image])
             >>> bool(mask[90, 120]), bool(mask[0, 0])
             (True, False)
         """
@@ -172,7 +172,7 @@ class Segmenter:
             float32 at the network's size, before the sigmoid.
 
         Example:
-            >>> [logits] = ff.load("hc18-compact").logits([image])
+            >>> [logits] = ff.load("hc18-described").logits([image])
             >>> logits.shape
             (64, 96)
         """
@@ -231,7 +231,7 @@ def load(
 
     Example:
         >>> image, pixel_size_mm = ff.read_image("scan.png")
-        >>> result = ff.load("hc18-compact").measure(image, pixel_size_mm or 0.5)
+        >>> result = ff.load("hc18-described").measure(image, pixel_size_mm or 0.5)
         >>> f"{result.hc_mm:.0f} mm"
         '178 mm'
     """

@@ -1,12 +1,9 @@
-"""The first half of the recipe that the shipped networks were trained by: images of 128×128.
+"""The recipe of the networks that the package ships: images of 128×128, 32 epochs.
 
-    python train.py --config configs/hc18_small.py
-    python train.py --config configs/hc18_large.py
+    fetal-flax train hc18_shipped
 
-A quarter of the work of 256×256, and most of what there is to learn; docs/training.md says what
-each setting does, and docs/networks.md what came of it. `--model.variant compact` on both lines
-trains the compact network; give each run a `--workdir` then, and `--init` the first one's to the
-second.
+and, with `--model.variant compact --workdir runs/hc18_shipped_compact`, the compact one. What each
+setting does, and what else was tried, is in docs/training.md; what came of it in docs/networks.md.
 """
 
 from fetal_flax.config import (
@@ -22,7 +19,7 @@ from fetal_flax.config import (
 def config() -> TrainConfig:
     """Returns the run's settings."""
     return TrainConfig(
-        name="hc18_small",
+        name="hc18_shipped",
         # The frozen encoder begins with float16's values: shipping the network as float16 then
         # changes no circumference (docs/networks.md).
         encoder=EncoderConfig(float16=True),
