@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from fetal_flax._util import pipeline
 from fetal_flax.checkpoints import Checkpoint, Description, save_checkpoint
 from fetal_flax.config import ModelConfig
 from fetal_flax.data.images import resize_image
@@ -119,7 +120,8 @@ def test_batching_does_not_change_the_logits():
     assert np.ptp(np.stack(together), axis=0).max() > 1e-3
 
 
-def test_images_are_taken_a_batch_at_a_time(calls):
+def test_images_are_taken_a_batch_ahead(calls, monkeypatch):
+    monkeypatch.setattr(pipeline, "available_cpus", lambda: 2)
     taken = 0
 
     def endless() -> Iterator[tuple[int, np.ndarray]]:
@@ -134,7 +136,18 @@ def test_images_are_taken_a_batch_at_a_time(calls):
     for number in range(10):
         (own, _), _ = next(pairs)
         assert own == number
-        assert taken == 4 * (number // 4 + 1)
+        assert taken == 4 * (number // 4 + 2) + 2
+
+
+def test_measurements_before_an_image_that_is_none_are_yielded(calls):
+    def images() -> Iterator[np.ndarray]:
+        yield from [bright_ellipse()] * 6
+        yield np.zeros((4, 4), np.uint8)
+
+    measured = Segmenter(checkpoint(NO_VARIABLES, (32, 32)), batch_size=4).measure_all(images())
+    assert len(list(itertools.islice(measured, 6))) == 6
+    with pytest.raises(InputError, match="4×4 pixels, too few"):
+        next(measured)
 
 
 def test_items_keep_their_own_logits(calls):
