@@ -3,13 +3,14 @@
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, UInt8
 
 from fetal_flax._util.pipeline import begin_ahead, map_in_threads
@@ -42,8 +43,9 @@ class Segmenter:
 
     Args:
         checkpoint: The network: what `load_checkpoint` or `from_torch` returned.
-        batch_size: Images per call of the network.
+        batch_size: Images per call of the network, for each device.
         tta: Test-time augmentation: `flip` shows the network each image's mirror image too.
+        devices: Share the images; all devices of this process, if not given.
 
     Example:
         >>> segmenter = ff.Segmenter(ff.load_checkpoint("runs/hc18"), batch_size=4)
@@ -58,12 +60,14 @@ class Segmenter:
         *,
         batch_size: int = 16,
         tta: TestTimeAugmentation = "none",
+        devices: Sequence[Any] | None = None,
     ):
         config = checkpoint.config
-        self._arrays = functional.fold(config, checkpoint.variables)
+        folded = functional.fold(config, checkpoint.variables)
         self._image_size = checkpoint.image_size
         self._outline_px = OUTLINE_PX[checkpoint.metadata.dataset]
-        self._batch_size = batch_size
+        self._devices = devices or jax.local_devices()
+        self._batch_size = batch_size * len(self._devices)
         self._channels = config.in_channels
 
         def logits(arrays: Arrays, images: jax.Array) -> jax.Array:
@@ -76,7 +80,20 @@ class Segmenter:
                 seen.append(logits(arrays, images[:, :, ::-1])[:, :, ::-1])
             return jnp.stack(seen, axis=1)
 
-        self._views = jax.jit(views, compiler_options=compiler_options())
+        @functools.cache
+        def program(count: int) -> _Program:
+            mesh = jax.sharding.Mesh(np.array(self._devices[:count]), ("images",))
+            whole, shared = (
+                NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("images"))
+            )
+            # Each device runs its own images as if it were alone.
+            of_share = jax.shard_map(
+                views, mesh=mesh, in_specs=(whole.spec, shared.spec), out_specs=shared.spec
+            )
+            function = jax.jit(of_share, compiler_options=compiler_options())
+            return _Program(function, jax.device_put(folded, whole), shared)
+
+        self._program = program
 
     def measure(self, image: Image, pixel_size_mm: float | None = None) -> Measurement:
         """Segments an image and measures the head in it.
@@ -206,15 +223,17 @@ class Segmenter:
         resized = map_in_threads(
             lambda image: resize_image(check_image(image), self._image_size), images
         )
-        size = 0
+        devices = size = 0
 
         def begin(part: list[Image]) -> tuple[jax.Array, int]:
-            nonlocal size
+            nonlocal devices, size
             # One shape for all calls, so that the network compiles once.
-            size = size or len(part)
+            devices = devices or min(len(part), len(self._devices))
+            size = size or -(-len(part) // devices) * devices
             padding = [np.zeros_like(part[0])] * (size - len(part))
             batch = np.stack(part + padding)[..., None].repeat(self._channels, axis=-1)
-            return self._views(self._arrays, batch), len(part)
+            function, arrays, sharding = self._program(devices)
+            return function(arrays, jax.device_put(batch, sharding)), len(part)
 
         for views, count in begin_ahead(begin, _batches(resized, self._batch_size), 1):
             yield from np.asarray(views)[:count]
@@ -224,9 +243,20 @@ class Segmenter:
     ) -> tuple[jax.stages.Wrapped, tuple[Arrays, jax.Array]]:
         """Returns the function and the arguments that images of the network's size are run with.
 
-        For measuring what the network alone takes.
+        On one device; for measuring what the network alone takes.
         """
-        return self._views, (self._arrays, images)
+        function, arrays, sharding = self._program(1)
+        return function, (arrays, jax.device_put(images, sharding))
+
+
+class _Program(NamedTuple):
+    """The network on some of the devices."""
+
+    function: jax.stages.Wrapped
+    arrays: Arrays
+    """Whole on each."""
+    sharding: NamedSharding
+    """Splits the images."""
 
 
 def load(
@@ -237,7 +267,7 @@ def load(
     Args:
         source: A shipped network's name (`list_networks`), a training workdir (its best
             checkpoint), or a converted directory.
-        batch_size: Images per call of the network.
+        batch_size: Images per call of the network, for each device.
         tta: Test-time augmentation: `flip` averages each image's probabilities with those of its
             mirror image.
 

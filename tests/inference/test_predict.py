@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pydicom.data
 import pytest
@@ -387,6 +388,20 @@ def test_results_that_can_not_be_written_are_an_input_error(checkpoint, tmp_path
         predict(checkpoint, write_images(tmp_path / "in", "a.png"), tmp_path / "out")
 
 
+@pytest.mark.parametrize("devices", [8, 3])
+def test_devices_that_share_a_folder_write_what_one_writes(
+    checkpoint, tmp_path, monkeypatch, devices
+):
+    source = write_images(tmp_path / "in", *(f"{i:02d}.png" for i in range(11)))
+    for output, count in (("alone", 1), ("together", devices)):
+        monkeypatch.setattr(jax, "local_devices", lambda count=count: jax.devices()[:count])
+        predict(checkpoint, source, tmp_path / output, pixel_size_mm=0.5, save_logits=True)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert files(alone) == files(together) and len(files(alone)) == 3 * 11 + 1
+    for name in files(alone):
+        assert (alone / name).read_bytes() == (together / name).read_bytes(), name
+
+
 def test_no_more_images_are_held_in_a_longer_folder(checkpoint, tmp_path, monkeypatch):
     source = write_images(tmp_path / "in", *(f"{i:03d}.png" for i in range(120)), shape=(16, 16))
     monkeypatch.setattr(pipeline, "available_cpus", lambda: 2)
@@ -409,6 +424,7 @@ def test_no_more_images_are_held_in_a_longer_folder(checkpoint, tmp_path, monkey
 
     monkeypatch.setattr(sources, "read_gray", read)
     monkeypatch.setattr(module, "write_mask", write)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     assert len(predict(checkpoint, source, tmp_path / "out").predicted) == 120
     # Two batches, and what the threads of the four stages hold.
     assert most <= 2 * 16 + 4 * (2 + 1) and held == 0
@@ -428,6 +444,7 @@ def test_a_signal_ends_it_with_a_row_for_whatever_is_written(
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(module, "write_mask", write)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     output = tmp_path / "out"
     flags = ["--checkpoint", str(checkpoint), "--input", str(source), "--output", str(output)]
     assert main(["predict", *flags]) == 130
