@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fetal_flax._util.console import track
+from fetal_flax._util.pipeline import map_in_threads
 from fetal_flax.checkpoints import Checkpoint, Description, load_checkpoint, locate, shipped
 from fetal_flax.config import DataConfig, TestTimeAugmentation, from_dict, to_dict
 from fetal_flax.data import splits
@@ -115,16 +116,19 @@ def measure(
     data, seed = _data_settings(name, description, data_dir)
     dataset = open_dataset(data, seed)
     indices = range(len(dataset)) if folder is None else _indices(folder, dataset, split)
-    rows, heads = [], []
-    for record, measurement in Segmenter(loaded, tta=tta).measure_each(
-        map(dataset.record, track(indices, "Evaluating")),
-        lambda record: record.image,
-        lambda record: record.pixel_size_mm,
-    ):
+
+    def compare(pair: tuple[Record, Measurement]) -> tuple[Row, Head | None]:
+        record, measurement = pair
         if output is not None:
             write_mask(Path(output) / "masks" / f"{record.name}.png", measurement.mask)
-        rows.append(_row(record, measurement))
-        heads.append(measurement.head)
+        return _row(record, measurement), measurement.head
+
+    measured = Segmenter(loaded, tta=tta).measure_each(
+        map_in_threads(dataset.record, track(indices, "Evaluating")),
+        lambda record: record.image,
+        lambda record: record.pixel_size_mm,
+    )
+    compared = list(map_in_threads(compare, measured))
     settings = {
         "checkpoint": name,
         "epoch": _epoch(description),
@@ -136,6 +140,7 @@ def measure(
         "outline_px": OUTLINE_PX[description.dataset],
         "model": to_dict(description.model),
     }
+    rows, heads = [row for row, _ in compared], [head for _, head in compared]
     return Measured(dataset, indices, rows, heads, settings)
 
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 import io
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from fetal_flax._util.files import csv_bytes, write_atomically
+from fetal_flax._util.pipeline import map_in_threads
+from fetal_flax._util.signals import EndOnSignal
 from fetal_flax.config import TestTimeAugmentation
 from fetal_flax.inference.assessment import Measurement
 from fetal_flax.inference.segmenter import load
@@ -73,7 +76,8 @@ def predict(
     millimetres and the gestational age where the pixel size is known, the ellipse in pixels, and
     signs of a bad measurement; empty where no head was found. Files of these names that are
     already there are overwritten, others are left alone. A file that can't be read, or has the
-    NAME of one before it, is left out and reported; the others are still processed.
+    NAME of one before it, is left out and reported; the others are still processed. The first
+    SIGINT or SIGTERM ends it, with a row for every image whose results are written.
 
     Args:
         checkpoint: Training workdir, converted directory, or a shipped network's name.
@@ -91,26 +95,31 @@ def predict(
         InputError: `source` is or holds no image, the CSV can't be used or lacks one of them, the
             pixel size is no positive number or given beside a CSV, `checkpoint` holds no network,
             or a result can't be written.
+        KeyboardInterrupt: A signal has ended it.
     """
-    rows: list[dict[str, object]] = []
-    flagged: list[str] = []
     failed: list[str] = []
-    for image, measurement in measured_sources(
+    measured = measured_sources(
         checkpoint,
         source,
         failed,
         pixel_size_csv=pixel_size_csv,
         pixel_size_mm=pixel_size_mm,
         tta=tta,
-    ):
+    )
+
+    def write(pair: tuple[Source, Measurement]) -> dict[str, object]:
+        image, measurement = pair
         _write(output, image, measurement, save_logits=save_logits)
-        rows.append(_row(image.name, measurement))
-        if measurement.flags:
-            flagged.append(image.name)
-    if rows:
-        table = [MEASUREMENTS, *([row.get(name, "") for name in MEASUREMENTS] for row in rows)]
-        write_atomically(output / "measurements.csv", csv_bytes(table))
-    return PredictReport(tuple(str(row["name"]) for row in rows), tuple(flagged), tuple(failed))
+        return _row(image.name, measurement)
+
+    with EndOnSignal() as end:
+        until_signal = itertools.takewhile(lambda _: not end.received, measured)
+        rows = list(map_in_threads(write, until_signal))
+        if rows:
+            table = [MEASUREMENTS, *([row.get(name, "") for name in MEASUREMENTS] for row in rows)]
+            write_atomically(output / "measurements.csv", csv_bytes(table))
+    flagged = tuple(str(row["name"]) for row in rows if row["flags"])
+    return PredictReport(tuple(str(row["name"]) for row in rows), flagged, tuple(failed))
 
 
 def measured_sources(

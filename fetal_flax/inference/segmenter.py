@@ -3,15 +3,17 @@
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, UInt8
 
+from fetal_flax._util.pipeline import begin_ahead, map_in_threads
 from fetal_flax.checkpoints import Checkpoint, load_checkpoint
 from fetal_flax.config import TestTimeAugmentation
 from fetal_flax.data.images import resize_image
@@ -41,8 +43,9 @@ class Segmenter:
 
     Args:
         checkpoint: The network: what `load_checkpoint` or `from_torch` returned.
-        batch_size: Images per call of the network.
+        batch_size: Images per call of the network, for each device.
         tta: Test-time augmentation: `flip` shows the network each image's mirror image too.
+        devices: Share the images; all devices of this process, if not given.
 
     Example:
         >>> segmenter = ff.Segmenter(ff.load_checkpoint("runs/hc18"), batch_size=4)
@@ -57,12 +60,14 @@ class Segmenter:
         *,
         batch_size: int = 16,
         tta: TestTimeAugmentation = "none",
+        devices: Sequence[Any] | None = None,
     ):
         config = checkpoint.config
-        self._arrays = functional.fold(config, checkpoint.variables)
+        folded = functional.fold(config, checkpoint.variables)
         self._image_size = checkpoint.image_size
         self._outline_px = OUTLINE_PX[checkpoint.metadata.dataset]
-        self._batch_size = batch_size
+        self._devices = devices or jax.local_devices()
+        self._batch_size = batch_size * len(self._devices)
         self._channels = config.in_channels
 
         def logits(arrays: Arrays, images: jax.Array) -> jax.Array:
@@ -75,7 +80,20 @@ class Segmenter:
                 seen.append(logits(arrays, images[:, :, ::-1])[:, :, ::-1])
             return jnp.stack(seen, axis=1)
 
-        self._views = jax.jit(views, compiler_options=compiler_options())
+        @functools.cache
+        def program(count: int) -> _Program:
+            mesh = jax.sharding.Mesh(np.array(self._devices[:count]), ("images",))
+            whole, shared = (
+                NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("images"))
+            )
+            # Each device runs its own images as if it were alone.
+            of_share = jax.shard_map(
+                views, mesh=mesh, in_specs=(whole.spec, shared.spec), out_specs=shared.spec
+            )
+            function = jax.jit(of_share, compiler_options=compiler_options())
+            return _Program(function, jax.device_put(folded, whole), shared)
+
+        self._program = program
 
     def measure(self, image: Image, pixel_size_mm: float | None = None) -> Measurement:
         """Segments an image and measures the head in it.
@@ -101,7 +119,9 @@ class Segmenter:
         *,
         pixel_sizes_mm: float | Iterable[float | None] | None = None,
     ) -> Iterator[Measurement]:
-        """Yields the measurement of each image, in order, holding no more than a batch of them.
+        """Yields the measurement of each image, in order, holding little more than two batches.
+
+        The network works on a batch while the one before it is measured and the next is read.
 
         Args:
             images: Grey images, uint8, (height, width), of any sizes, or files as of `read_image`.
@@ -119,7 +139,7 @@ class Segmenter:
             178 mm ()
             178 mm ()
         """
-        pairs = _with_pixel_sizes(images, pixel_sizes_mm)
+        pairs = map_in_threads(_read_pair, _with_pixel_sizes(images, pixel_sizes_mm))
         measured = self.measure_each(pairs, lambda pair: pair[0], lambda pair: pair[1])
         return (measurement for _, measurement in measured)
 
@@ -129,14 +149,16 @@ class Segmenter:
         image: Callable[[Item], Image],
         pixel_size_mm: Callable[[Item], float | None],
     ) -> Iterator[tuple[Item, Measurement]]:
-        """Yields each item with the measurement of its image, holding no more than a batch of them.
+        """Yields each item with the measurement of its image, as `measure_all` does.
 
         Args:
             items: Whatever comes with the images: records, names and images.
             image: Returns an item's image.
             pixel_size_mm: Returns the side of its pixels, or None.
         """
-        for item, views in self.segment(items, image):
+
+        def measure(segmented: tuple[Item, Views]) -> tuple[Item, Measurement]:
+            item, views = segmented
             view = functools.partial(
                 assess,
                 shape=image(item).shape,
@@ -144,7 +166,9 @@ class Segmenter:
                 pixel_size_mm=pixel_size_mm(item),
             )
             each = tuple(map(view, views)) if len(views) > 1 else ()
-            yield item, view(mean_logits(views), views=each)
+            return item, view(mean_logits(views), views=each)
+
+        return map_in_threads(measure, self.segment(items, image))
 
     def masks(self, images: Iterable[Image]) -> list[Bool[np.ndarray, "height width"]]:
         """Returns each image's mask at its own size: True where the head is.
@@ -181,7 +205,7 @@ class Segmenter:
     def segment(
         self, items: Iterable[Item], image: Callable[[Item], Image]
     ) -> Iterator[tuple[Item, Views]]:
-        """Yields each item with the views of its image, holding no more than a batch of items.
+        """Yields each item with the views of its image, holding little more than two batches.
 
         Args:
             items: Whatever comes with the images: records, names and images.
@@ -193,25 +217,46 @@ class Segmenter:
     def views(self, images: Iterable[Image]) -> Iterator[Views]:
         """Yields each image's logits at the network's size, before the sigmoid.
 
-        Images are taken a batch at a time, when the first logits of the batch are asked for.
+        Images are taken a batch ahead: the network works on it while the logits of the one before
+        are used.
         """
-        resized = (resize_image(check_image(image), self._image_size) for image in images)
-        size = 0
-        while part := list(itertools.islice(resized, self._batch_size)):
+        resized = map_in_threads(
+            lambda image: resize_image(check_image(image), self._image_size), images
+        )
+        devices = size = 0
+
+        def begin(part: list[Image]) -> tuple[jax.Array, int]:
+            nonlocal devices, size
             # One shape for all calls, so that the network compiles once.
-            size = size or len(part)
+            devices = devices or min(len(part), len(self._devices))
+            size = size or -(-len(part) // devices) * devices
             padding = [np.zeros_like(part[0])] * (size - len(part))
             batch = np.stack(part + padding)[..., None].repeat(self._channels, axis=-1)
-            yield from np.asarray(self._views(self._arrays, batch))[: len(part)]
+            function, arrays, sharding = self._program(devices)
+            return function(arrays, jax.device_put(batch, sharding)), len(part)
+
+        for views, count in begin_ahead(begin, _batches(resized, self._batch_size), 1):
+            yield from np.asarray(views)[:count]
 
     def call(
         self, images: UInt8[jax.Array, "batch height width channels"]
     ) -> tuple[jax.stages.Wrapped, tuple[Arrays, jax.Array]]:
         """Returns the function and the arguments that images of the network's size are run with.
 
-        For measuring what the network alone takes.
+        On one device; for measuring what the network alone takes.
         """
-        return self._views, (self._arrays, images)
+        function, arrays, sharding = self._program(1)
+        return function, (arrays, jax.device_put(images, sharding))
+
+
+class _Program(NamedTuple):
+    """The network on some of the devices."""
+
+    function: jax.stages.Wrapped
+    arrays: Arrays
+    """Whole on each."""
+    sharding: NamedSharding
+    """Splits the images."""
 
 
 def load(
@@ -222,7 +267,7 @@ def load(
     Args:
         source: A shipped network's name (`list_networks`), a training workdir (its best
             checkpoint), or a converted directory.
-        batch_size: Images per call of the network.
+        batch_size: Images per call of the network, for each device.
         tta: Test-time augmentation: `flip` averages each image's probabilities with those of its
             mirror image.
 
@@ -238,19 +283,43 @@ def load(
     return Segmenter(load_checkpoint(source), batch_size=batch_size, tta=tta)
 
 
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yields lists of `size`, the last one shorter; also where the items end in an error."""
+    batch: list[Item] = []
+    try:
+        for item in items:
+            batch.append(item)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except Exception:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
 def _with_pixel_sizes(
     images: Iterable[Image | str | os.PathLike[str]],
     pixel_sizes_mm: float | Iterable[float | None] | None,
-) -> Iterator[tuple[Image, float | None]]:
-    """Yields images, read where they are files, with their pixel sizes."""
-    if isinstance(pixel_sizes_mm, Iterable):
-        pairs = itertools.zip_longest(images, pixel_sizes_mm, fillvalue=_MISSING)
-    else:
-        pairs = ((image, pixel_sizes_mm) for image in images)
-    for image, given in pairs:
+) -> Iterator[tuple[Image | str | os.PathLike[str], float | None]]:
+    """Yields images, or their files, with the pixel sizes that were given for them."""
+    if not isinstance(pixel_sizes_mm, Iterable):
+        yield from ((image, pixel_sizes_mm) for image in images)
+        return
+    for image, given in itertools.zip_longest(images, pixel_sizes_mm, fillvalue=_MISSING):
         if image is _MISSING or given is _MISSING:
             raise InputError("there are not as many pixel_sizes_mm as images: give one for each")
-        told = None
-        if isinstance(image, (str, os.PathLike)):
-            image, told = read_image(image)
-        yield image, told if given is None else check_pixel_size(given)
+        yield image, given
+
+
+def _read_pair(
+    pair: tuple[Image | str | os.PathLike[str], float | None],
+) -> tuple[Image, float | None]:
+    """Returns an image, read where it is a file, with its pixel size."""
+    image, given = pair
+    told = None
+    if isinstance(image, (str, os.PathLike)):
+        image, told = read_image(image)
+    return image, told if given is None else check_pixel_size(given)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fetal_flax._util.console import track
+from fetal_flax._util.pipeline import in_threads
 from fetal_flax.data import dicom
 from fetal_flax.data.hc18 import MOST_MM, read_pixel_sizes
 from fetal_flax.data.images import check_is_file, read_gray
@@ -167,7 +168,7 @@ def pixel_sizes(
 def read_sources(
     paths: Sequence[Path], sizes: Mapping[str, float], failed: list[str]
 ) -> Iterator[Source]:
-    """Yields the images that can be read, one after another.
+    """Yields the images that can be read, in order; threads read files ahead.
 
     Args:
         paths: What `find_files` returned.
@@ -176,14 +177,21 @@ def read_sources(
             those of another.
     """
     taken: dict[str, Path] = {}
-    for path in track(paths, "Predicting"):
+    readings = in_threads(lambda path: _begin(path, sizes.get(path.name)), paths)
+    for path, reading in zip(track(paths, "Predicting"), readings, strict=True):
         try:
-            for source in _read(path, sizes.get(path.name)):
+            for source in reading.result():
                 _check_usable(source, taken)
                 taken[source.name] = path
                 yield source
         except InputError as error:
             failed.append(str(error))
+
+
+def _begin(path: Path, size: float | None) -> Iterator[Source]:
+    """Returns a file's images, the first of them read; a clip's frames would fill the memory."""
+    images = _read(path, size)
+    return itertools.chain([*itertools.islice(images, 1)], images)
 
 
 def _read(path: Path, size: float | None) -> Iterator[Source]:

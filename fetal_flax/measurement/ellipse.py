@@ -66,9 +66,21 @@ class Ellipse:
         Returns:
             255 where the centre of the pixel is inside, 0 elsewhere.
         """
-        x = np.arange(width)[None, :] - self.center_x
-        y = np.arange(height)[:, None] - self.center_y
         cos, sin = math.cos(self.angle), math.sin(self.angle)
+        half_width = math.hypot(self.semi_major * cos, self.semi_minor * sin)
+        half_height = math.hypot(self.semi_major * sin, self.semi_minor * cos)
+        columns = _around(self.center_x, half_width, width)
+        rows = _around(self.center_y, half_height, height)
+        x = np.arange(width)[None, columns] - self.center_x
+        y = np.arange(height)[rows, None] - self.center_y
         u = (x * cos + y * sin) / self.semi_major
         v = (y * cos - x * sin) / self.semi_minor
-        return np.where(u * u + v * v <= 1.0, 255, 0).astype(np.uint8)
+        mask = np.zeros((height, width), np.uint8)
+        mask[rows, columns] = np.where(u * u + v * v <= 1.0, 255, 0)
+        return mask
+
+
+def _around(center: float, reach: float, size: int) -> slice:
+    """Returns the pixels of an image's side up to `reach` from the centre, and one more."""
+    first, last = math.floor(center - reach) - 1, math.ceil(center + reach) + 1
+    return slice(min(max(first, 0), size), min(max(last + 1, 0), size))

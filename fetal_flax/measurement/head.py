@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 
 from fetal_flax.measurement.ellipse import Ellipse
@@ -99,12 +99,31 @@ def largest_region(
 
     Pixels that touch at corners alone are not connected. Of equal regions the uppermost is taken.
     """
-    labels, count = cast(tuple[np.ndarray, int], ndimage.label(mask))
-    if count == 0:
+    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    if not width:
         return mask, 0
+    # A head takes a fraction of its image, and the time is that of the pixels looked at.
+    box = np.s_[top : top + height, left : left + width]
+    labels, count = cast(tuple[np.ndarray, int], ndimage.label(mask[box]))
     largest = np.bincount(labels.ravel())[1:].argmax() + 1
-    filled = ndimage.binary_fill_holes(labels == largest)
-    return np.asarray(filled, bool), int(count)
+    region = np.zeros_like(mask)
+    region[box] = fill_holes(labels == largest)
+    return region, int(count)
+
+
+def fill_holes(
+    region: Bool[np.ndarray, "height width"],
+) -> Bool[np.ndarray, "height width"]:
+    """Returns the region with its holes: pixels from which no way leads out of the image.
+
+    A way goes over pixels' sides, not corners, and over none of the region. As
+    `scipy.ndimage.binary_fill_holes`, in a fraction of its time.
+    """
+    outside = 2
+    # A frame, from which all background that is no hole can be reached.
+    framed = np.pad(region.astype(np.uint8), 1)
+    cv2.floodFill(framed, None, (0, 0), outside)
+    return framed[1:-1, 1:-1] != outside
 
 
 def edge_points(
@@ -119,12 +138,19 @@ def edge_points(
         The points within the image, and whether the region reaches the image's border, where no
         edge can be seen.
     """
-    rows, columns = np.nonzero(region[1:] != region[:-1])
+    rows, columns = _positions(region[1:] != region[:-1])
     horizontal = np.stack([columns, rows + 0.5], 1)
-    rows, columns = np.nonzero(region[:, 1:] != region[:, :-1])
+    rows, columns = _positions(region[:, 1:] != region[:, :-1])
     vertical = np.stack([columns + 0.5, rows], 1)
     border = (region[0], region[-1], region[:, 0], region[:, -1])
     return np.concatenate([horizontal, vertical]), any(side.any() for side in border)
+
+
+def _positions(
+    edges: Bool[np.ndarray, "height width"],
+) -> tuple[Int[np.ndarray, " edges"], Int[np.ndarray, " edges"]]:
+    """Returns rows and columns as `np.nonzero` does; of few edges in a tenth of its time."""
+    return np.divmod(np.flatnonzero(edges), edges.shape[1])
 
 
 def fit_ellipse(points: Float[np.ndarray, "points 2"]) -> Ellipse | None:

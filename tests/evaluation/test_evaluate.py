@@ -3,6 +3,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -131,6 +132,15 @@ def test_distances_and_circumferences_are_in_millimetres(tiny_hc18, tmp_path, mo
     assert metrics["hc_abs_error_mm"]["mean"] == pytest.approx(
         np.mean([float(row["hc_abs_error_mm"]) for row in written.values()])
     )
+
+
+def test_devices_that_share_images_measure_what_one_measures(tiny_hc18, tmp_path, monkeypatch):
+    checkpoint = save(tmp_path / "checkpoint")
+    metrics = []
+    for count in (1, 5, 8):
+        monkeypatch.setattr(jax, "local_devices", lambda count=count: jax.devices()[:count])
+        metrics.append(evaluate(checkpoint, tiny_hc18))
+    assert metrics[0] == metrics[1] == metrics[2] and metrics[0]["n"] == 6
 
 
 def test_metrics_say_what_was_evaluated(tiny_hc18, tmp_path):

@@ -2,14 +2,18 @@ import csv
 import dataclasses
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pydicom.data
 import pytest
 
 from fetal_flax import checkpoints
+from fetal_flax._util import pipeline
 from fetal_flax.checkpoints import Checkpoint, Description
 from fetal_flax.commands.main import main
 from fetal_flax.config import ModelConfig
@@ -384,20 +388,69 @@ def test_results_that_can_not_be_written_are_an_input_error(checkpoint, tmp_path
         predict(checkpoint, write_images(tmp_path / "in", "a.png"), tmp_path / "out")
 
 
-def test_no_more_than_a_batch_of_images_is_held(checkpoint, tmp_path, monkeypatch):
-    source = write_images(tmp_path / "in", *(f"{i:02d}.png" for i in range(36)), shape=(16, 16))
-    held = [0]
-    reads, writes = sources.read_gray, module.write_mask
+@pytest.mark.parametrize("devices", [8, 3])
+def test_devices_that_share_a_folder_write_what_one_writes(
+    checkpoint, tmp_path, monkeypatch, devices
+):
+    source = write_images(tmp_path / "in", *(f"{i:02d}.png" for i in range(11)))
+    for output, count in (("alone", 1), ("together", devices)):
+        monkeypatch.setattr(jax, "local_devices", lambda count=count: jax.devices()[:count])
+        predict(checkpoint, source, tmp_path / output, pixel_size_mm=0.5, save_logits=True)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert files(alone) == files(together) and len(files(alone)) == 3 * 11 + 1
+    for name in files(alone):
+        assert (alone / name).read_bytes() == (together / name).read_bytes(), name
+
+
+def test_no_more_images_are_held_in_a_longer_folder(checkpoint, tmp_path, monkeypatch):
+    source = write_images(tmp_path / "in", *(f"{i:03d}.png" for i in range(120)), shape=(16, 16))
+    monkeypatch.setattr(pipeline, "available_cpus", lambda: 2)
+    reads, writes, counting = sources.read_gray, module.write_mask, threading.Lock()
+    held = most = 0
+
+    def count(change: int) -> None:
+        nonlocal held, most
+        with counting:
+            held += change
+            most = max(most, held)
 
     def read(path):
-        held.append(held[-1] + 1)
+        count(1)
         return reads(path)
 
     def write(path, mask):
-        held.append(held[-1] - 1)
         writes(path, mask)
+        count(-1)
 
     monkeypatch.setattr(sources, "read_gray", read)
     monkeypatch.setattr(module, "write_mask", write)
-    assert len(predict(checkpoint, source, tmp_path / "out").predicted) == 36
-    assert max(held) == 16 and held[-1] == 0
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    assert len(predict(checkpoint, source, tmp_path / "out").predicted) == 120
+    # Two batches, and what the threads of the four stages hold.
+    assert most <= 2 * 16 + 4 * (2 + 1) and held == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_a_row_for_whatever_is_written(
+    checkpoint, tmp_path, monkeypatch, number
+):
+    names = [f"{i:03d}" for i in range(60)]
+    source = write_images(tmp_path / "in", *(f"{name}.png" for name in names), shape=(16, 16))
+    writes, before = module.write_mask, signal.getsignal(number)
+
+    def write(path, mask):
+        writes(path, mask)
+        if path.stem == "004":
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(module, "write_mask", write)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    output = tmp_path / "out"
+    flags = ["--checkpoint", str(checkpoint), "--input", str(source), "--output", str(output)]
+    assert main(["predict", *flags]) == 130
+    done = list(measurements(output))
+    assert 5 <= len(done) < 60 and done == names[: len(done)]
+    for folder in ("masks", "overlays"):
+        assert files(output / folder) == [f"{name}.png" for name in done]
+        assert all(read_gray(path).size for path in (output / folder).iterdir())
+    assert signal.getsignal(number) is before

@@ -3,10 +3,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from scipy.special import expit
 
+from fetal_flax._util import pipeline
 from fetal_flax.checkpoints import Checkpoint, Description, save_checkpoint
 from fetal_flax.config import ModelConfig
 from fetal_flax.data.images import resize_image
@@ -19,6 +21,7 @@ from fetal_flax.models.functional import Variables
 
 MODEL = ModelConfig(name="unet", base_width=4)
 NO_VARIABLES = Variables({}, {})
+ONE_DEVICE = jax.devices()[:1]
 
 
 def checkpoint(
@@ -87,8 +90,8 @@ def test_masks_lie_where_the_network_saw_them_in_images_of_any_size(calls):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_network_sees_resized_images_in_0_to_1(calls, channels):
     model = ModelConfig(name="unet", base_width=4, in_channels=channels)
-    images = random_images(2)
-    logits = list(Segmenter(checkpoint(NO_VARIABLES, (32, 64), model)).logits(images))
+    images, saved = random_images(2), checkpoint(NO_VARIABLES, (32, 64), model)
+    logits = list(Segmenter(saved, devices=ONE_DEVICE).logits(images))
     assert calls == [(2, 32, 64, channels)]
     for image, own in zip(images, logits, strict=True):
         assert own.dtype == np.float32
@@ -97,21 +100,23 @@ def test_the_network_sees_resized_images_in_0_to_1(calls, channels):
 
 def test_a_last_small_batch_is_padded_and_the_network_compiled_once(calls):
     images = random_images(7)
-    segmenter = Segmenter(checkpoint(NO_VARIABLES, (32, 32)), batch_size=3)
+    saved = checkpoint(NO_VARIABLES, (32, 32))
+    segmenter = Segmenter(saved, batch_size=3, devices=ONE_DEVICE)
     logits = list(segmenter.logits(images))
     assert len(logits) == 7 and calls == [(3, 32, 32, 1)]
     np.testing.assert_allclose(logits[6] + 0.5, resize_image(images[6], (32, 32)) / 255, atol=1e-6)
 
 
 def test_few_images_are_not_padded_to_a_whole_batch(calls):
-    assert len(list(Segmenter(checkpoint(NO_VARIABLES, (32, 32))).logits(random_images(2)))) == 2
+    segmenter = Segmenter(checkpoint(NO_VARIABLES, (32, 32)), devices=ONE_DEVICE)
+    assert len(list(segmenter.logits(random_images(2)))) == 2
     assert calls == [(2, 32, 32, 1)]
 
 
 def test_batching_does_not_change_the_logits():
     variables = functional.init(MODEL, 0)
     images = random_images(4)
-    segmenter = Segmenter(checkpoint(variables, (32, 32)), batch_size=3)
+    segmenter = Segmenter(checkpoint(variables, (32, 32)), batch_size=3, devices=ONE_DEVICE)
     together = list(segmenter.logits(images))
     for image, logits in zip(images, together, strict=True):
         (alone,) = segmenter.logits([image])
@@ -119,7 +124,31 @@ def test_batching_does_not_change_the_logits():
     assert np.ptp(np.stack(together), axis=0).max() > 1e-3
 
 
-def test_images_are_taken_a_batch_at_a_time(calls):
+@pytest.mark.parametrize(("devices", "images"), [(8, 19), (3, 7), (8, 5), (2, 1)])
+@pytest.mark.parametrize("tta", ["none", "flip"])
+def test_devices_that_share_images_see_what_one_sees(devices, images, tta):
+    saved = checkpoint(functional.init(MODEL, 0), (32, 32))
+    seen = random_images(images)
+    alone, together = (
+        list(Segmenter(saved, batch_size=2, tta=tta, devices=jax.devices()[:count]).views(seen))
+        for count in (1, devices)
+    )
+    np.testing.assert_array_equal(together, alone)
+    assert len(together) == images and len({views.tobytes() for views in together}) == images
+
+
+def test_every_device_works_on_its_share(calls):
+    segmenter = Segmenter(checkpoint(NO_VARIABLES, (32, 32)), batch_size=2)
+    images = random_images(19)
+    logits = list(segmenter.logits(images))
+    # Eight devices: sixteen images, then three, padded to as many.
+    assert len(logits) == 19 and calls == [(2, 32, 32, 1)]
+    for image, own in zip(images, logits, strict=True):
+        np.testing.assert_allclose(own + 0.5, resize_image(image, (32, 32)) / 255, atol=1e-6)
+
+
+def test_images_are_taken_a_batch_ahead(calls, monkeypatch):
+    monkeypatch.setattr(pipeline, "available_cpus", lambda: 2)
     taken = 0
 
     def endless() -> Iterator[tuple[int, np.ndarray]]:
@@ -129,12 +158,24 @@ def test_images_are_taken_a_batch_at_a_time(calls):
             taken += 1
             yield number, image
 
-    segmenter = Segmenter(checkpoint(NO_VARIABLES, (32, 32)), batch_size=4)
+    saved = checkpoint(NO_VARIABLES, (32, 32))
+    segmenter = Segmenter(saved, batch_size=4, devices=ONE_DEVICE)
     pairs = segmenter.segment(endless(), lambda item: item[1])
     for number in range(10):
         (own, _), _ = next(pairs)
         assert own == number
-        assert taken == 4 * (number // 4 + 1)
+        assert taken == 4 * (number // 4 + 2) + 2
+
+
+def test_measurements_before_an_image_that_is_none_are_yielded(calls):
+    def images() -> Iterator[np.ndarray]:
+        yield from [bright_ellipse()] * 6
+        yield np.zeros((4, 4), np.uint8)
+
+    measured = Segmenter(checkpoint(NO_VARIABLES, (32, 32)), batch_size=4).measure_all(images())
+    assert len(list(itertools.islice(measured, 6))) == 6
+    with pytest.raises(InputError, match="4×4 pixels, too few"):
+        next(measured)
 
 
 def test_items_keep_their_own_logits(calls):

@@ -1,9 +1,13 @@
 import dataclasses
 import math
 
+import hypothesis
+import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import skimage.measure
+from hypothesis import strategies as st
+from scipy import ndimage
 
 from fetal_flax.data import hc18
 from fetal_flax.data.phantoms import make_phantom
@@ -12,6 +16,7 @@ from fetal_flax.measurement.head import (
     OUTLINE_PX,
     Head,
     edge_points,
+    fill_holes,
     fit_ellipse,
     largest_region,
     measure_head,
@@ -28,6 +33,21 @@ def _measured(mask: np.ndarray, outline_px: float = 0.0) -> Head:
     head = measure_head(mask, outline_px=outline_px)
     assert head is not None
     return head
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(
+    center=st.tuples(st.floats(-30, 70), st.floats(-30, 60)),
+    axes=st.tuples(st.floats(0.01, 90), st.floats(0.01, 90)),
+    angle=st.floats(-math.pi / 2, math.pi / 2),
+)
+def test_an_ellipse_holds_the_pixels_whose_centres_are_inside(center, axes, angle):
+    ellipse = Ellipse(center[0], center[1], max(axes), min(axes), angle)
+    x, y = np.arange(40)[None, :] - center[0], np.arange(30)[:, None] - center[1]
+    along = (x * math.cos(angle) + y * math.sin(angle)) / max(axes)
+    across = (y * math.cos(angle) - x * math.sin(angle)) / min(axes)
+    expected = np.where(along**2 + across**2 <= 1, 255, 0)
+    np.testing.assert_array_equal(ellipse.filled(30, 40), expected)
 
 
 @pytest.mark.parametrize("angle", [-1.5, -0.7, 0.0, 0.4, 1.2, math.pi / 2 - 0.01])
@@ -92,6 +112,28 @@ def test_only_the_largest_region_counts_and_its_holes_are_filled():
     assert components == 2
     assert _measured(spoilt).components == 2
     assert _measured(spoilt).ellipse == _measured(mask).ellipse
+
+
+MASKS = arrays.arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)))
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(MASKS)
+def test_holes_are_those_that_scipy_fills(mask):
+    filled = fill_holes(mask)
+    assert filled.dtype == np.bool_
+    np.testing.assert_array_equal(filled, ndimage.binary_fill_holes(mask))
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(MASKS)
+def test_regions_are_those_that_scipy_labels_in_the_whole_image(mask):
+    labels, count = ndimage.label(mask)
+    sizes = [(labels == label).sum() for label in range(1, count + 1)]
+    expected = labels == int(np.argmax(sizes)) + 1 if sizes else mask
+    region, components = largest_region(mask)
+    assert components == count
+    np.testing.assert_array_equal(region, ndimage.binary_fill_holes(expected))
 
 
 def test_regions_that_touch_at_corners_are_two():
