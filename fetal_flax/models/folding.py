@@ -9,11 +9,11 @@ At 256×256, what an image's maps take at once is then less than 32 MB, which is
 from one call to the next: more, the system would have to find and clear anew for each.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from fetal_flax._util.backend import target_backend
 from fetal_flax.models.blocks import ConvNorm, ResidualSEBlock, SqueezeExcite
 from fetal_flax.models.convolution import (
     FeatureMap,
@@ -33,7 +33,7 @@ def fold(network: Network) -> None:
     fold_norms(network)
     if isinstance(network, MobileNetASPPSEUNet) and not network.stage1.block.relu_after_sum:
         fold_head(network)
-    if jax.default_backend() == "cpu":
+    if target_backend() == "cpu":
         for part in _modules(network, SEStage, PlainStage):
             if isinstance(part.block.first.conv, Conv):
                 fold_up(part)

@@ -11,6 +11,7 @@ import jax
 from flax import nnx, traverse_util
 from jaxtyping import Array
 
+from fetal_flax._util.backend import target_backend
 from fetal_flax.config import ModelConfig
 from fetal_flax.errors import InputError
 from fetal_flax.models import folding
@@ -217,8 +218,9 @@ def infer(config: ModelConfig, folded: Arrays, images: FeatureMap) -> Logits:
     Raises:
         InputError: The images' shape doesn't fit the network.
     """
-    network = _structure(config, folded=True).merge(folded)
-    if len(images) > 1 and jax.default_backend() == "cpu":
+    backend = target_backend()
+    network = _structure(config, folded_for=backend).merge(folded)
+    if len(images) > 1 and backend == "cpu":
         # One image's maps nearly fit into the cache; a batch's do not, and asking the system for
         # their memory anew in every call takes a third of the time.
         return jax.lax.map(lambda image: network(image[None])[0], images)
@@ -257,10 +259,12 @@ class _Structure(NamedTuple):
 
 
 @functools.lru_cache
-def _structure(config: ModelConfig, *, folded: bool = False) -> _Structure:
+def _structure(config: ModelConfig, *, folded_for: str | None = None) -> _Structure:
+    """Returns a network's structure, or that of the one which `fold` makes for a backend of it."""
+
     def build() -> Network:
         network = create(config, seed=None)
-        if folded:
+        if folded_for:
             folding.fold(network)
         return network
 
