@@ -23,7 +23,7 @@ from fetal_flax.models.convolution import (
     up_convolution_3x3,
 )
 from fetal_flax.models.decoder import PlainStage, SEStage
-from fetal_flax.models.layers import Conv, SeparableConv, UpConv, per_channel
+from fetal_flax.models.layers import Conv, SeparableConv, UpConv, add_bias, per_channel
 from fetal_flax.models.mobilenet_aspp_se_unet import MobileNetASPPSEUNet
 from fetal_flax.models.registry import Network
 
@@ -119,7 +119,7 @@ class UpsampleFusedConv(Conv):
     def __call__(self, *maps: FeatureMap) -> FeatureMap:
         skip, x = maps if self.skip_first else maps[::-1]
         y = self.up(x) + plain_convolution(skip, self.kernel[...].astype(skip.dtype))
-        return y if self.bias is None else y + per_channel(self.bias[...].astype(y.dtype))
+        return y if self.bias is None else add_bias(y, self.bias[...])
 
 
 class UpConv1x1(UpConv):
