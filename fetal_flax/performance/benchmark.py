@@ -34,7 +34,12 @@ from fetal_flax.models.complexity import summarize
 from fetal_flax.models.functional import Variables
 from fetal_flax.performance.machine import Machine, measure_machine, peak_bytes, repeat
 from fetal_flax.training.compile import create_programs, create_state
-from fetal_flax.training.sharding import batch_sharding, check_batch_size, create_mesh
+from fetal_flax.training.sharding import (
+    batch_sharding,
+    check_batch_size,
+    check_devices,
+    create_mesh,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +112,9 @@ def benchmark(
         repeats: Timed repetitions of each.
 
     Raises:
-        InputError: The network doesn't take images of this size.
+        InputError: The network doesn't take images of this size, or the devices can't be used.
     """
+    check_devices(model)
     parts = summarize(model, encoder_trainable=False, image_size=image_size)
     forward = 2 * parts.total.macs
     # Backward computes two products for each one that learns: by the input and by the kernel.
