@@ -56,6 +56,10 @@ class ModelConfig:
     """Channels of the first stage of `unet`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the convolutions; parameters, statistics, loss and metrics stay float32."""
+    matmul_precision: Literal["default", "float32"] = "default"
+    """How the products of float32 convolutions are computed: as the device does by default, or in
+    full. By default GPUs from Ampere on round factors to TF32, 10 bits of fraction instead of 23,
+    and are several times as fast; a CPU computes in full in any case."""
 
     def __post_init__(self) -> None:
         check(self, "model")

@@ -12,7 +12,7 @@ import numpy as np
 
 from fetal_flax import checkpoints
 from fetal_flax.checkpoints import Description
-from fetal_flax.config import TrainConfig, to_dict
+from fetal_flax.config import ModelConfig, TrainConfig, to_dict
 from fetal_flax.conversion.encoder_weights import load_encoder
 from fetal_flax.data import splits
 from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset
@@ -193,8 +193,17 @@ def describe(setup: Setup) -> str:
         f"{len(split.validation)} validation images of {examinations[1]}, "
         f"pos_weight {setup.pos_weight:.3f}\n"
         f"{setup.mesh.size} x {device.device_kind} ({device.platform}), "
-        f"batch {config.schedule.batch_size}, {setup.steps_per_epoch} steps per epoch"
+        f"{arithmetic(config.model, device.platform)}, batch {config.schedule.batch_size}, "
+        f"{setup.steps_per_epoch} steps per epoch"
     )
+
+
+def arithmetic(model: ModelConfig, platform: str) -> str:
+    """Returns what a network's convolutions compute in on a platform, in words."""
+    rounded = platform == "gpu" and model.matmul_precision == "default"
+    if model.dtype == "float32" and rounded:
+        return "float32 with products in TF32 where the GPU has it"
+    return model.dtype
 
 
 def _steps_per_call(config: TrainConfig, mesh: jax.sharding.Mesh, epoch_steps: int) -> int:

@@ -1,5 +1,6 @@
 """What a start compiles ahead of its first step, and what a GPU would be given to compile."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -96,6 +97,26 @@ def test_a_gpus_training_step_sums_in_float32_and_calls_nothing_that_it_lacks(va
     # The form of a depthwise convolution that is for GPUs.
     assert re.search(r"feature_group_count = (?!1 )\d+", program)
     assert widest_sum_in_bfloat16(program) == 1
+
+
+@pytest.mark.parametrize("precision", ["default", "float32"])
+def test_float32_products_on_a_gpu_are_tf32_or_full_as_the_setting_says(precision, make_batch):
+    model = ModelConfig(name="unet", base_width=4, matmul_precision=precision)
+    for program in (training_step_for_cuda(model, make_batch), inference_for_cuda(model)):
+        assert ("HIGHEST" in program) == (precision == "float32")
+        assert ("DEFAULT" in program) == (precision == "default")
+
+
+def test_on_a_cpu_matmul_precision_changes_nothing():
+    model = ModelConfig(name="unet", base_width=4)
+    images = jax.ShapeDtypeStruct((2, 32, 32, 1), np.float32)
+    programs = [
+        jax.jit(functional.apply, static_argnums=0)
+        .lower(dataclasses.replace(model, matmul_precision=each), functional.shapes(model), images)
+        .as_text()
+        for each in ("default", "float32")
+    ]
+    assert programs[0] == programs[1]
 
 
 def test_a_gpus_inference_sums_in_float32_and_calls_nothing_that_it_lacks():
