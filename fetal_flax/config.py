@@ -116,9 +116,10 @@ class DataConfig:
     """How many phantoms `fetal_phantom` holds."""
     phantom_size: tuple[int, int] = (270, 400)
     """Height and width of a phantom, in pixels."""
-    backend: Literal["host", "device"] = "host"
+    backend: Literal["host", "device"] | None = None
     """Who prepares batches: the host's processors, or the device, which then holds the whole data
-    set (HC18 at 256×256: 131 MB); both take the same images, varied alike."""
+    set (HC18 at 256×256: 131 MB); both take the same images, varied alike. None takes the device
+    where it is an accelerator and the data set fits into a quarter of its memory, else the host."""
     steps_per_dispatch: int | None = None
     """Training steps in one call; an epoch's last call does what is left. None takes two on a CPU;
     on an accelerator a whole epoch with `backend` device, else one."""
