@@ -45,7 +45,7 @@ class Choice(NamedTuple):
 
 
 def infer_whole(config, folded, images):
-    return functional._structure(config, folded=True).merge(folded)(images)
+    return functional._structure(config, folded_for=jax.default_backend()).merge(folded)(images)
 
 
 def transposed(self: UpConv, x: FeatureMap) -> FeatureMap:

@@ -1,13 +1,12 @@
 """Atrous spatial pyramid pooling (Chen et al., arXiv:1706.05587; description, section 2)."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
 from fetal_flax.errors import InputError
 from fetal_flax.models.blocks import ConvNorm
-from fetal_flax.models.layers import Conv, FeatureMap
+from fetal_flax.models.layers import Conv, FeatureMap, broadcast_to_map
 
 DILATIONS = (6, 12, 18)
 WIDTH_UNIT = 32
@@ -76,7 +75,7 @@ class ASPP(nnx.Module):
         with jax.numpy_dtype_promotion("standard"):
             pooled = nnx.relu(self.pool_norm(pooled)).astype(x.dtype)
         # Interpolating a 1×1 map is a broadcast.
-        branches.append(jnp.broadcast_to(pooled, (*x.shape[:3], pooled.shape[-1])))
+        branches.append(broadcast_to_map(pooled, (*x.shape[:3], pooled.shape[-1])))
         y = nnx.relu(self.project(jax.lax.concatenate(branches, 3), train=train))
         return self._drop_out(y, train, dropout_key)
 

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fetal_flax.models.init import torch_uniform
-from fetal_flax.models.layers import BatchNorm, Conv, FeatureMap, SeparableConv
+from fetal_flax.models.layers import BatchNorm, Conv, FeatureMap, SeparableConv, broadcast_to_map
 
 
 class ConvNorm(nnx.Module):
@@ -113,7 +113,7 @@ class SqueezeExcite(nnx.Module):
         return nnx.sigmoid(self.excite(nnx.relu(self.squeeze(pooled)))).astype(x.dtype)
 
     def __call__(self, x: FeatureMap) -> FeatureMap:
-        return x * self.weights(x)[:, None, None, :]
+        return x * broadcast_to_map(self.weights(x)[:, None, None, :], x.shape)
 
 
 class ResidualSEBlock(nnx.Module):

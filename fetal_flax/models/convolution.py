@@ -14,11 +14,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from fetal_flax._util.backend import target_backend
+
 FeatureMap = Float[Array, "batch height width channels"]
 Kernel = Float[Array, "rows columns inputs outputs"]
 
 
-@functools.cache
 def compiler_options(*, deterministic: bool = False) -> dict[str, str | bool]:
     """Returns what to give to `jax.jit` where convolutions run.
 
@@ -31,8 +32,13 @@ def compiler_options(*, deterministic: bool = False) -> dict[str, str | bool]:
     batch 16 takes 0.7 of what it takes by default. An XLA that doesn't know the option has nothing
     to turn off.
     """
-    if jax.default_backend() != "cpu":
+    if target_backend() != "cpu":
         return {"xla_gpu_deterministic_ops": True} if deterministic else {}
+    return dict(_cpu_options())
+
+
+@functools.cache
+def _cpu_options() -> dict[str, str | bool]:
     options: dict[str, str | bool] = {
         "xla_cpu_experimental_ynn_fusion_type": (
             "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
@@ -62,7 +68,7 @@ def convolution(
     """
     if stride == 1:
         kernel = crop_kernel_to_input(kernel, dilation, x.shape[1], x.shape[2])
-    if jax.default_backend() == "cpu":
+    if target_backend() == "cpu":
         if depthwise:
             return depthwise_by_shifts(stride, dilation, x, kernel)
         return nhwc_convolution(stride, dilation, x, kernel)

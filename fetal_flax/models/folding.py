@@ -9,11 +9,11 @@ At 256×256, what an image's maps take at once is then less than 32 MB, which is
 from one call to the next: more, the system would have to find and clear anew for each.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from fetal_flax._util.backend import target_backend
 from fetal_flax.models.blocks import ConvNorm, ResidualSEBlock, SqueezeExcite
 from fetal_flax.models.convolution import (
     FeatureMap,
@@ -23,7 +23,7 @@ from fetal_flax.models.convolution import (
     up_convolution_3x3,
 )
 from fetal_flax.models.decoder import PlainStage, SEStage
-from fetal_flax.models.layers import Conv, SeparableConv, UpConv, per_channel
+from fetal_flax.models.layers import Conv, SeparableConv, UpConv, add_bias, per_channel
 from fetal_flax.models.mobilenet_aspp_se_unet import MobileNetASPPSEUNet
 from fetal_flax.models.registry import Network
 
@@ -33,7 +33,7 @@ def fold(network: Network) -> None:
     fold_norms(network)
     if isinstance(network, MobileNetASPPSEUNet) and not network.stage1.block.relu_after_sum:
         fold_head(network)
-    if jax.default_backend() == "cpu":
+    if target_backend() == "cpu":
         for part in _modules(network, SEStage, PlainStage):
             if isinstance(part.block.first.conv, Conv):
                 fold_up(part)
@@ -119,7 +119,7 @@ class UpsampleFusedConv(Conv):
     def __call__(self, *maps: FeatureMap) -> FeatureMap:
         skip, x = maps if self.skip_first else maps[::-1]
         y = self.up(x) + plain_convolution(skip, self.kernel[...].astype(skip.dtype))
-        return y if self.bias is None else y + per_channel(self.bias[...].astype(y.dtype))
+        return y if self.bias is None else add_bias(y, self.bias[...])
 
 
 class UpConv1x1(UpConv):

@@ -4,6 +4,7 @@
 names such as `aspp/atrous/0/conv/kernel` to arrays, which jit, optax and orbax take as they are.
 """
 
+import contextlib
 import functools
 from typing import NamedTuple, cast
 
@@ -11,6 +12,7 @@ import jax
 from flax import nnx, traverse_util
 from jaxtyping import Array
 
+from fetal_flax._util.backend import target_backend
 from fetal_flax.config import ModelConfig
 from fetal_flax.errors import InputError
 from fetal_flax.models import folding
@@ -146,9 +148,10 @@ def apply(
         Array([1.], dtype=float32)
     """
     network = merge(config, variables)
-    # Scaling kernels is cheaper than normalising maps, also if it is done in every call.
-    folding.fold_norms(network)
-    return network(images, features=features)
+    with _products_of(config):
+        # Scaling kernels is cheaper than normalising maps, also if it is done in every call.
+        folding.fold_norms(network)
+        return network(images, features=features)
 
 
 def apply_train(
@@ -186,7 +189,9 @@ def apply_train(
     network = merge(config, variables)
     if not train_encoder and not isinstance(network, UNet):
         folding.fold_norms(network.encoder)
-    logits = network(images, train=True, train_encoder=train_encoder, dropout_key=dropout_key)
+    # The backward pass's products are those of the forward pass, transposed, and like them.
+    with _products_of(config):
+        logits = network(images, train=True, train_encoder=train_encoder, dropout_key=dropout_key)
     return logits, variables.batch_stats | _flatten(nnx.state(network, nnx.BatchStat))
 
 
@@ -200,14 +205,16 @@ def encode(config: ModelConfig, variables: Variables, images: FeatureMap) -> Enc
     assert not isinstance(network, UNet)
     folding.fold_norms(network.encoder)
     images = as_input(images, config, network.divisor)
-    return tuple(network.encoder(images, train=False))
+    with _products_of(config):
+        return tuple(network.encoder(images, train=False))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def fold(config: ModelConfig, variables: Variables) -> Arrays:
     """Returns the arrays of the network that models/folding.py makes for evaluation."""
     network = merge(config, variables)
-    folding.fold(network)
+    with _products_of(config):
+        folding.fold(network)
     return _flatten(nnx.state(network))
 
 
@@ -217,12 +224,22 @@ def infer(config: ModelConfig, folded: Arrays, images: FeatureMap) -> Logits:
     Raises:
         InputError: The images' shape doesn't fit the network.
     """
-    network = _structure(config, folded=True).merge(folded)
-    if len(images) > 1 and jax.default_backend() == "cpu":
+    backend = target_backend()
+    network = _structure(config, folded_for=backend).merge(folded)
+    if len(images) > 1 and backend == "cpu":
         # One image's maps nearly fit into the cache; a batch's do not, and asking the system for
         # their memory anew in every call takes a third of the time.
         return jax.lax.map(lambda image: network(image[None])[0], images)
-    return network(images)
+    with _products_of(config):
+        return network(images)
+
+
+def _products_of(config: ModelConfig) -> contextlib.AbstractContextManager:
+    """Returns the context in which products are as `matmul_precision` says."""
+    # A CPU's products are float32 without being told, and a program that says it is another one.
+    if config.matmul_precision == "default" or target_backend() == "cpu":
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(config.matmul_precision)
 
 
 def merge(config: ModelConfig, variables: Variables) -> Network:
@@ -257,10 +274,12 @@ class _Structure(NamedTuple):
 
 
 @functools.lru_cache
-def _structure(config: ModelConfig, *, folded: bool = False) -> _Structure:
+def _structure(config: ModelConfig, *, folded_for: str | None = None) -> _Structure:
+    """Returns a network's structure, or that of the one which `fold` makes for a backend of it."""
+
     def build() -> Network:
         network = create(config, seed=None)
-        if folded:
+        if folded_for:
             folding.fold(network)
         return network
 

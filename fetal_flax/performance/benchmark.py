@@ -34,7 +34,12 @@ from fetal_flax.models.complexity import summarize
 from fetal_flax.models.functional import Variables
 from fetal_flax.performance.machine import Machine, measure_machine, peak_bytes, repeat
 from fetal_flax.training.compile import create_programs, create_state
-from fetal_flax.training.sharding import batch_sharding, check_batch_size, create_mesh
+from fetal_flax.training.sharding import (
+    batch_sharding,
+    check_batch_size,
+    check_devices,
+    create_mesh,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Timing:
 
     name: str
     batch_size: int
+    devices: int
+    """How many of the machine's work on it: one on inference, all on training."""
     seconds: float
     """Median of the repetitions."""
     quartiles: tuple[float, float]
@@ -107,8 +114,9 @@ def benchmark(
         repeats: Timed repetitions of each.
 
     Raises:
-        InputError: The network doesn't take images of this size.
+        InputError: The network doesn't take images of this size, or the devices can't be used.
     """
+    check_devices(model)
     parts = summarize(model, encoder_trainable=False, image_size=image_size)
     forward = 2 * parts.total.macs
     # Backward computes two products for each one that learns: by the input and by the kernel.
@@ -128,6 +136,7 @@ class _Computation(NamedTuple):
     """What is timed: a function, its first arguments, and the next ones from its results."""
 
     name: str
+    devices: int
     function: jax.stages.Wrapped
     arguments: tuple[Any, ...]
     following: Callable[[Any], tuple[Any, ...]]
@@ -140,7 +149,7 @@ def _inference(
     segmenter = Segmenter(checkpoint, batch_size=batch_size)
     images = jnp.zeros((batch_size, *image_size, model.in_channels), jnp.uint8)
     function, arguments = segmenter.call(images)
-    return _Computation("inference", function, arguments, lambda _: arguments)
+    return _Computation("inference", 1, function, arguments, lambda _: arguments)
 
 
 def _training(
@@ -168,7 +177,7 @@ def _training(
     step = create_programs(config, mesh).train_step
     # A step consumes its state.
     return _Computation(
-        "training", step, (state, 1.0, batch), lambda results: (results[0], 1.0, batch)
+        "training", mesh.size, step, (state, 1.0, batch), lambda results: (results[0], 1.0, batch)
     )
 
 
@@ -176,7 +185,7 @@ def _measure(
     computation: _Computation, batch_size: int, flops: int, machine: Machine, repeats: int
 ) -> Timing:
     """Compiles and times a computation of `flops` for each image."""
-    name, function, arguments, following = computation
+    name, devices, function, arguments, following = computation
     start = time.perf_counter()
     compiled = function.lower(*arguments).compile()
     compile_seconds = time.perf_counter() - start
@@ -184,13 +193,14 @@ def _measure(
     median = statistics.median(seconds)
     low, high = np.percentile(seconds, (25, 75))
     memory = compiled.memory_analysis()
-    least = flops * batch_size / machine.devices / machine.product_flops
+    least = flops * batch_size / devices / machine.product_flops
     if memory:
         moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
         least = max(least, moved / machine.copy_bytes)
     return Timing(
         name,
         batch_size,
+        devices,
         median,
         (float(low), float(high)),
         batch_size / median,

@@ -11,7 +11,7 @@ def render(report: Report) -> rich.console.Group:
     machine = report.machine
     height, width = report.image_size
     table = console.table(
-        ("", "batch", "ms", "quartiles", "images/s", "compiling", "MB", "roofline")
+        ("", "batch", "devices", "ms", "quartiles", "images/s", "compiling", "MB", "roofline")
     )
     for timing in report.timings:
         low, high = (1e3 * second for second in timing.quartiles)
@@ -19,6 +19,7 @@ def render(report: Report) -> rich.console.Group:
         table.add_row(
             timing.name,
             str(timing.batch_size),
+            str(timing.devices),
             f"{1e3 * timing.seconds:.1f}",
             f"{low:.0f}–{high:.0f}",
             f"{timing.images_per_second:.1f}",

@@ -147,14 +147,14 @@ class BackgroundCompilation:
 
 
 def compile_train_chunk(
-    config: TrainConfig, programs: Programs, *, records: int, steps: int
+    config: TrainConfig, programs: Programs, *, records: int | None, steps: int
 ) -> BackgroundCompilation:
     """Begins to compile a call of `programs.train_chunk`.
 
     Args:
         config: The run.
         programs: Its steps.
-        records: Images of the data set; of no matter to `data.backend` host.
+        records: Images of the data set that is on the devices; None where the host makes batches.
         steps: Steps that a call does.
     """
     variables = functional.shapes(config.model)
@@ -164,7 +164,7 @@ def compile_train_chunk(
     photometric = None
     if config.augmentation.photometric:
         photometric = Photometric(*(_shape(rows, part.dtype) for part in UNCHANGED))
-    if config.data.backend == "host":
+    if records is None:
         dataset = None
         items = Batch(
             image=_shape((*rows, *size, config.model.in_channels), np.uint8),

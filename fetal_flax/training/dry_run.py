@@ -11,6 +11,7 @@ from fetal_flax.models.complexity import summarize
 from fetal_flax.training.compile import create_state
 from fetal_flax.training.epoch import open_batches
 from fetal_flax.training.setup import describe, prepare
+from fetal_flax.training.sharding import check_devices
 from fetal_flax.training.step import TrainState
 
 
@@ -20,6 +21,7 @@ def dry_run(config: TrainConfig) -> None:
     Raises:
         InputError: What a run of this config would raise.
     """
+    check_devices(config.model)
     console = rich.console.Console()
     setup = prepare(config)
     console.print(describe(setup), highlight=False)

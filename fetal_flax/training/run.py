@@ -23,6 +23,7 @@ from fetal_flax.training.logging.files import LogFiles
 from fetal_flax.training.logging.profiler import Profiler
 from fetal_flax.training.session import RunProgress, TrainingSession, restored_state, training_of
 from fetal_flax.training.setup import Setup, describe, prepare
+from fetal_flax.training.sharding import check_devices
 from fetal_flax.training.step import TrainState, network_of
 from fetal_flax.training.workdir import (
     check_same_split,
@@ -72,6 +73,7 @@ def train(
         True
     """
     workdir = Path(workdir)
+    check_devices(config.model)
     with Interruption() as interruption, hold_workdir(workdir), contextlib.ExitStack() as stack:
         # Settle what never changes; nothing is written but caches.
         run_on_all_processes(lambda: check_workdir(config, workdir, resume=resume))

@@ -12,7 +12,7 @@ import numpy as np
 
 from fetal_flax import checkpoints
 from fetal_flax.checkpoints import Description
-from fetal_flax.config import TrainConfig, to_dict
+from fetal_flax.config import ModelConfig, TrainConfig, to_dict
 from fetal_flax.conversion.encoder_weights import load_encoder
 from fetal_flax.data import splits
 from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset
@@ -90,12 +90,14 @@ def prepare(config: TrainConfig) -> Setup:
     dataset = open_dataset(config.data, config.seed)
     split = splits.split(dataset.names, dataset.examinations, **split_method(config))
     epoch_steps = steps_per_epoch(len(split.train), config.schedule.batch_size)
-    call_steps = _steps_per_call(config, mesh, epoch_steps)
+    on_devices = _data_on_devices(config, mesh, len(dataset))
+    call_steps = _steps_per_call(config, mesh, epoch_steps, on_devices=on_devices)
     programs = create_programs(config, mesh, steps_per_epoch=epoch_steps)
     # All that follows happens while a thread compiles.
-    compiled = compile_train_chunk(config, programs, records=len(dataset), steps=call_steps)
+    records = len(dataset) if on_devices else None
+    compiled = compile_train_chunk(config, programs, records=records, steps=call_steps)
     device_dataset = None
-    if config.data.backend == "device":
+    if on_devices:
         device_dataset = load_device_dataset(
             dataset, config.data.image_size, replicated(mesh), soft_masks=config.data.soft_masks
         )
@@ -191,19 +193,46 @@ def describe(setup: Setup) -> str:
         f"{config.model.name}{variant}{of_encoder}\n"
         f"{len(split.train)} training images of {examinations[0]} examinations, "
         f"{len(split.validation)} validation images of {examinations[1]}, "
-        f"pos_weight {setup.pos_weight:.3f}\n"
+        f"pos_weight {setup.pos_weight:.3f}, batches by the "
+        f"{'host' if setup.device_dataset is None else 'devices'}\n"
         f"{setup.mesh.size} x {device.device_kind} ({device.platform}), "
-        f"batch {config.schedule.batch_size}, {setup.steps_per_epoch} steps per epoch"
+        f"{arithmetic(config.model, device.platform)}, batch {config.schedule.batch_size}, "
+        f"{setup.steps_per_epoch} steps per epoch"
     )
 
 
-def _steps_per_call(config: TrainConfig, mesh: jax.sharding.Mesh, epoch_steps: int) -> int:
+def arithmetic(model: ModelConfig, platform: str) -> str:
+    """Returns what a network's convolutions compute in on a platform, in words."""
+    rounded = platform == "gpu" and model.matmul_precision == "default"
+    if model.dtype == "float32" and rounded:
+        return "float32 with products in TF32 where the GPU has it"
+    return model.dtype
+
+
+def _data_on_devices(config: TrainConfig, mesh: jax.sharding.Mesh, records: int) -> bool:
+    """Returns whether the devices hold the data set and prepare the batches."""
+    if config.data.backend is not None:
+        return config.data.backend == "device"
+    # An image and a mask of each record, a byte a pixel.
+    return fits_accelerator(mesh.local_devices[0], 2 * records * math.prod(config.data.image_size))
+
+
+def fits_accelerator(device: Any, data_bytes: int) -> bool:
+    """Returns whether a device is no CPU and a quarter of its memory holds so many bytes."""
+    if device.platform == "cpu":
+        return False
+    memory = (device.memory_stats() or {}).get("bytes_limit", 0)
+    return data_bytes <= memory / 4
+
+
+def _steps_per_call(
+    config: TrainConfig, mesh: jax.sharding.Mesh, epoch_steps: int, *, on_devices: bool
+) -> int:
     """Returns how many training steps a call does, at most."""
+    default = epoch_steps if on_devices else 1
     if mesh.devices.flat[0].platform == "cpu":
         # In a call's second step, the memory of the first is there: the system need not clear it.
         default = 2
-    else:
-        default = 1 if config.data.backend == "host" else epoch_steps
     return min(config.data.steps_per_dispatch or default, epoch_steps)
 
 

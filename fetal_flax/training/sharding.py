@@ -1,5 +1,6 @@
 """Where arrays live: one mesh over all devices, the batch split over it, the rest on each."""
 
+import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,9 +8,43 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fetal_flax.config import ModelConfig
 from fetal_flax.errors import InputError
 
 BATCH_AXIS = "batch"
+
+
+def check_devices(model: ModelConfig) -> None:
+    """Refuses to compute on a CPU where a GPU was to be expected, or what no CPU is fast at.
+
+    Before anything else asks JAX for its devices.
+
+    Raises:
+        InputError: A GPU's plugin is installed and no GPU answers, unless `JAX_PLATFORMS` names the
+            CPU; or the network is to compute in bfloat16 on a CPU.
+    """
+    asked_for = jax.config.values["jax_platforms"] or ""
+    try:
+        on_cpu = jax.default_backend() == "cpu"
+    except (AssertionError, RuntimeError):  # The first where JAX knows no such platform.
+        raise InputError(
+            f"JAX finds no device to compute on (JAX_PLATFORMS is {asked_for or 'not set'}): see "
+            "to the driver (nvidia-smi), or set JAX_PLATFORMS=cpu to compute on the CPU"
+        ) from None
+    if not on_cpu:
+        return
+    plugins = [each.name for each in importlib.metadata.entry_points(group="jax_plugins")]
+    if plugins and "cpu" not in asked_for.split(","):
+        raise InputError(
+            f"JAX's plugin {plugins[0]} is installed, but no device of its answers: see to the "
+            "driver (nvidia-smi) and to CUDA_VISIBLE_DEVICES, or set JAX_PLATFORMS=cpu to compute "
+            "on the CPU"
+        )
+    if model.dtype == "bfloat16":
+        raise InputError(
+            "setting model.dtype is bfloat16, which takes XLA more than a quarter of an hour to "
+            "compile for a CPU: use float32 here, and bfloat16 on a GPU"
+        )
 
 
 def create_mesh(devices: Sequence[Any] | None = None) -> Mesh:

@@ -236,9 +236,9 @@ def test_up_convolution_3x3_equals_the_two_convolutions_borders_included(size):
 
 
 def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
-    compiler_options.cache_clear()
+    forms._cpu_options.cache_clear()
     known = compiler_options()
-    compiler_options.cache_clear()
+    forms._cpu_options.cache_clear()
     lower = jax.stages.Lowered.compile
 
     def without(self, compiler_options):
@@ -246,7 +246,7 @@ def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", without)
     assert compiler_options() == {}
-    compiler_options.cache_clear()
+    forms._cpu_options.cache_clear()
     assert bool(known) == (jax.default_backend() == "cpu")
 
 

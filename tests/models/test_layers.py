@@ -9,7 +9,7 @@ from flax import nnx
 
 from fetal_flax.errors import InputError
 from fetal_flax.models.aspp import ASPP
-from fetal_flax.models.layers import BatchNorm, Conv, UpConv
+from fetal_flax.models.layers import BatchNorm, Conv, UpConv, broadcast_to_map
 
 
 @pytest.fixture
@@ -191,6 +191,19 @@ def test_a_layer_computes_in_the_dtype_of_its_map(layer):
     layer = layer(*arguments, rngs=nnx.Rngs(0))
     assert layer.kernel[...].dtype == jnp.float32
     assert layer(jnp.ones((1, 4, 4, 2), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_what_a_bfloat16_map_repeats_has_its_gradient_summed_in_float32(per_image):
+    # 256 + 1 is 256 in bfloat16, whose eight bits would lose every pixel but the first.
+    gradient = jnp.ones((2, 64, 64, 3), jnp.bfloat16).at[:, 0, 0].set(256)
+    values = jnp.ones((2 if per_image else 1, 1, 1, 3), jnp.bfloat16)
+    repeated, pullback = jax.vjp(lambda v: broadcast_to_map(v, gradient.shape), values)
+    np.testing.assert_array_equal(repeated, jnp.broadcast_to(values, gradient.shape))
+    (summed,) = pullback(gradient)
+    assert summed.dtype == jnp.bfloat16 and summed.shape == values.shape
+    exact = (1 if per_image else 2) * (256 + 64 * 64 - 1)
+    np.testing.assert_allclose(summed.astype(jnp.float32), exact, rtol=2**-8)
 
 
 @pytest.mark.parametrize(

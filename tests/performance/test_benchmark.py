@@ -1,8 +1,13 @@
 import json
 
+import jax
 import pytest
 
 from fetal_flax.commands.main import main
+from fetal_flax.config import ModelConfig
+from fetal_flax.models import functional
+from fetal_flax.performance import benchmark
+from fetal_flax.performance.machine import Machine
 
 
 @pytest.mark.slow
@@ -17,6 +22,7 @@ def test_the_figures_fit_together(tmp_path, capsys):
     assert report["machine"]["devices"] == 8 and report["peak_bytes"] > 1e6
     assert report["machine"]["product_flops"] > 1e8 and report["machine"]["copy_bytes"] > 1e8
     timings = report["timings"]
+    assert [timing["devices"] for timing in timings] == [1, 1, 8]
     assert [(timing["name"], timing["batch_size"]) for timing in timings] == [
         ("inference", 1),
         ("inference", 3),
@@ -38,3 +44,13 @@ def test_a_batch_that_devices_cannot_share_is_one_sentence(capsys, monkeypatch):
     flags = ["--inference-batches", "--training-batch", "12", "--repeats", "1"]
     assert main(["benchmark", "--model.name", "unet", *flags]) == 2
     assert "8 devices" in capsys.readouterr().err
+
+
+def test_inference_is_weighed_by_the_one_device_that_does_it(monkeypatch):
+    monkeypatch.setattr(benchmark, "repeat", lambda *_: [2.0])
+    machine = Machine("", 8, "", "", product_flops=100.0, copy_bytes=1e30)
+    model = ModelConfig(name="unet", base_width=4)
+    inference = benchmark._inference(model, functional.init(model, 0), (32, 32), 3)
+    timing = benchmark._measure(inference, 3, 40, machine, 1)
+    assert len(jax.devices()) == 8 and timing.devices == 1
+    assert timing.roofline_share == pytest.approx(3 * 40 / 100 / 2)

@@ -27,7 +27,7 @@ from fetal_flax.models import functional
 from fetal_flax.reporting import pictures
 from fetal_flax.training.events import CallDone, Event
 from fetal_flax.training.run import train, write_validation_sheet
-from fetal_flax.training.setup import prepare
+from fetal_flax.training.setup import arithmetic, describe, prepare
 from fetal_flax.training.workdir import read_config
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +73,14 @@ def test_the_sheet_shows_validation_images_from_the_worst_ellipse_to_the_best(
         assert image.dice == segmentation_metrics(image.prediction, image.truth)["dice"]
     dices, raw = ([getattr(image, name) for image in images] for name in ("ellipse_dice", "dice"))
     assert dices == sorted(dices) and raw != sorted(raw)
+
+
+def test_a_runs_start_says_what_it_computes_in(small_config):
+    assert ", float32, batch 8" in describe(prepare(small_config()))
+    model = ModelConfig(name="unet", base_width=4)
+    full = dataclasses.replace(model, matmul_precision="float32")
+    assert "TF32" in arithmetic(model, "gpu") and arithmetic(full, "gpu") == "float32"
+    assert arithmetic(dataclasses.replace(model, dtype="bfloat16"), "gpu") == "bfloat16"
 
 
 def test_the_best_checkpoint_describes_itself(finished, read_rows):
