@@ -3,7 +3,7 @@
     fetal-flax train hc18_fast
 
 ends at 0.9701 (the raw mask, as training prints it; 652 images to train on, two cores of a shared
-AMD EPYC, 47 s an epoch beside other work, 2026-11-26). The recipe as described, `hc18`, is there
+Intel Xeon, 47 s an epoch beside other work, 2026-11-26). The recipe as described, `hc18`, is there
 after some 13 epochs of 256×256, each at four times the work.
 """
 
