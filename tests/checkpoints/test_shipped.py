@@ -29,6 +29,7 @@ from fetal_flax.config import ModelConfig, TrainConfig, to_dict
 from fetal_flax.conversion.encoder_weights import load_encoder
 from fetal_flax.data import splits
 from fetal_flax.errors import InputError
+from fetal_flax.evaluation.evaluate import evaluate
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 from fetal_flax.performance import benchmark
@@ -156,6 +157,15 @@ def test_the_packages_own_networks_load_and_their_cards_are_theirs(name):
     on_a_split = description.progress[shipped.TRAINED_ON] == shipped.A_SPLIT
     assert (folder / shipped.SPLIT).is_file() == on_a_split
     assert (shipped.FOLDER / "LICENSE.torchvision").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", shipped.list_networks(), ids=lambda network: network.name)
+def test_the_packages_own_networks_measure_what_their_cards_say(network, shared_dir):
+    metrics = evaluate(network.name, shared_dir / "hc18", split="validation")
+    assert metrics["run"]["missed"] == []
+    assert metrics["dice"]["mean"] == pytest.approx(network.dice, abs=1e-4)
+    assert metrics["hc_abs_error_mm"]["mean"] == pytest.approx(network.adf_mm, abs=0.01)
 
 
 def test_the_default_is_among_the_packages_own():
