@@ -225,7 +225,9 @@ def test_flags_of_several_processes_need_distributed(capsys):
 
 
 def test_a_coordinator_is_asked_for(tmp_path: Path, capsys, monkeypatch):
-    monkeypatch.setattr("jax.distributed.initialize", lambda *_: raise_(ValueError("no address")))
+    monkeypatch.setattr(
+        "jax.distributed.initialize", lambda *_, **__: raise_(ValueError("no address"))
+    )
     assert main(["train", "--distributed"]) == 2
     assert "--coordinator HOST:PORT" in capsys.readouterr().err
 
