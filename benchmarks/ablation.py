@@ -55,7 +55,7 @@ class Figures(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="HC18 folder")
     parser.add_argument("--encoder", help="as --encoder.weights; rows that are trained need it")
     parser.add_argument("--workdir", type=Path, default=Path("runs/ablation"))

@@ -110,7 +110,7 @@ def main() -> None:
         image=images,
         mask=(images > 127).astype(np.uint8),
         valid=np.ones(options.batch, np.bool_),
-        record=np.arange(options.batch, dtype=np.int32),
+        index=np.arange(options.batch, dtype=np.int32),
     )
     one = jax.tree.map(lambda array: array[:1], batch)
     for case, title, create, given in (
