@@ -5,8 +5,6 @@ import csv
 import dataclasses
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,45 +46,6 @@ _TINY_HEADS = (
     ("003_HC", (110, 158), (85, 60), (36, 28), 35),
 )
 _TINY_PIXEL_SIZE_MM = 0.691358041432  # No float32 has this value.
-
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class InstalledWheel:
-    """The package as a wheel brings it, outside any checkout."""
-
-    folder: Path
-
-    def run(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-        """Runs `fetal-flax`."""
-        return self.execute(self.folder / "bin" / "fetal-flax", *arguments, cwd=cwd)
-
-    def execute(self, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-        # One device: small data makes no batch for eight.
-        environment = {**os.environ, "PYTHONPATH": str(self.folder), "XLA_FLAGS": ""}
-        return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True)
-
-
-@pytest.fixture
-def install_wheel(tmp_path_factory) -> Callable[[], InstalledWheel]:
-    """Builds a wheel of the project and installs it."""
-
-    def install() -> InstalledWheel:
-        project, target = (tmp_path_factory.mktemp(name) for name in ("project", "installed"))
-        ignored = shutil.ignore_patterns(".*", "runs", "__pycache__")
-        shutil.copytree(ROOT, project, ignore=ignored, dirs_exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        subprocess.run([*pip, "--target", str(target), str(project)], check=True)
-        shutil.rmtree(project)
-        wheel = InstalledWheel(target)
-        code = "import fetal_flax; print(fetal_flax.__file__)"
-        ran = wheel.execute(sys.executable, "-c", code, cwd=target)
-        assert Path(ran.stdout.strip()) == target / "fetal_flax" / "__init__.py"
-        return wheel
-
-    return install
 
 
 @pytest.fixture(scope="session")

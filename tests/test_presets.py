@@ -1,4 +1,4 @@
-"""Presets: what the files give, how a broken file is named, and that a wheel carries them."""
+"""Presets: what the files give, and how a broken file is named."""
 
 from pathlib import Path
 
@@ -50,20 +50,3 @@ def test_a_config_file_that_fails_is_named(content, named, capsys, tmp_path):
     assert main(["train", "--config", str(path)]) == 2
     printed = capsys.readouterr().err
     assert named in printed and len(printed.splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_a_wheel_trains_presets_by_name_anywhere(install_wheel, tmp_path):
-    wheel = install_wheel()
-    unknown = wheel.run("train", "hc19", cwd=tmp_path)
-    assert (unknown.returncode, unknown.stdout) == (2, "")
-    assert all(name in unknown.stderr for name in presets.names())
-    assert wheel.run("--version", cwd=tmp_path).stdout.startswith("fetal-flax ")
-    ran = wheel.run("train", "hc18", "--help", cwd=tmp_path)
-    assert ran.returncode == 0 and "(default: hc18)" in ran.stdout
-    small = ["--model.name", "unet", "--model.base-width", "2", "--data.image-size", "32", "32"]
-    data = ["--data.cache-dir", "cache", "--data.workers", "0", "--data.phantom-count", "45"]
-    flags = [*small, *data, "--schedule.epochs", "1"]
-    ran = wheel.run("train", "phantom", *flags, cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    assert (tmp_path / "runs" / "phantom" / "metrics.csv").is_file()

@@ -541,24 +541,3 @@ def test_files_that_are_none_are_refused(variables, tmp_path, name, content):
     named = "is damaged" if (folder / "description.json").exists() else "holds no checkpoint"
     with pytest.raises(InputError, match=rf"{folder} {named}"):
         checkpoints.load_checkpoint(folder)
-
-
-# The package.
-
-
-@pytest.mark.slow
-def test_a_wheel_carries_the_networks_and_predicts_anywhere(install_wheel, tmp_path):
-    wheel = install_wheel()
-    networks = wheel.folder / "fetal_flax" / "networks"
-    assert (networks / "LICENSE.torchvision").is_file()
-    for name in shipped.names():
-        for path in (shipped.FOLDER / name).iterdir():
-            assert (networks / name / path.name).read_bytes() == path.read_bytes()
-
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    cv2.imwrite(str(elsewhere / "scan.png"), np.zeros((40, 56), np.uint8))
-    flags = ["predict", "--input", "scan.png", "--output", "out", "--pixel-size", "0.2"]
-    ran = wheel.run(*flags, cwd=elsewhere)
-    assert ran.returncode == 0, ran.stderr
-    assert (elsewhere / "out" / "measurements.csv").is_file()
