@@ -103,12 +103,17 @@ def _commands() -> Iterator[str]:
         "is 0 for done, 1 for a run that can't go on, 2 for bad input, and 75 for a training that "
         "was asked to stop and can be resumed.\n"
     )
+    shown: set[str] = set()
     for name in main.COMMANDS:
         usage, about, *boxes = re.split(r"\n\s*\n", _help(name).strip())
         yield f"## {name}\n\n{' '.join(about.split())}\n"
         yield f"    {' '.join(usage.split()).removeprefix('usage: ')}\n"
         for box in boxes:
-            yield from _box(box)
+            if box not in shown:
+                yield from _box(box)
+        if not shown.isdisjoint(boxes):
+            yield "The other options, which set up the run, are those of [train](#train).\n"
+        shown.update(boxes)
 
 
 def _help(name: str) -> str:
@@ -136,5 +141,6 @@ def _box(box: str) -> Iterator[str]:
             about += text.strip("-")
     yield f"**{title.strip()}** {about}\n\n| flag | what |\n|---|---|"
     for flag, what in rows:
-        yield f"| `{flag}` | {what} |"
+        # A long list of values breaks where there is a space.
+        yield f"| `{re.sub(r',(?! )', ', ', flag)}` | {what} |"
     yield ""
