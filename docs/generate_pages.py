@@ -28,9 +28,7 @@ COPIES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
-    **{
-        f"fetal_flax/networks/{name}/MODEL_CARD.md": f"cards/{name}.md" for name in shipped.names()
-    },
+    **{f"fetal_flax/networks/{name}/MODEL_CARD.md": f"cards/{name}.md" for name in shipped.names()},
 }
 """Files of the repository, and the pages that they become."""
 LISTINGS = {

@@ -1,4 +1,4 @@
-"""Griffe extension: a docstring's `Example:` is read as Google's `Examples:`, and so as doctests."""
+"""Griffe extension: a docstring's `Example:` is Google's `Examples:`, and so holds doctests."""
 
 import re
 from typing import Any

@@ -64,12 +64,14 @@ def write_measured(measured: Measured, index: int) -> None:
         axes.axis("off")
         axes.imshow(panel, cmap="gray", vmin=0, vmax=255)
         colour = "white" if column < 2 else "#" + bytes(pictures.ELLIPSE_COLOUR).hex()
-        figure.text((column + 0.5) / 3, 0.89, caption, color=colour, size=24, ha="center", va="center")
+        figure.text(
+            (column + 0.5) / 3, 0.89, caption, color=colour, size=24, ha="center", va="center"
+        )
     write_jpeg(figure, PICTURES / "measured.jpg")
     dice = measured.rows[index].metrics["ellipse_dice"]
     print(
-        f"measured.jpg: {record.name}, ellipse Dice {dice:.4f}, HC {result.hc_mm:.1f} mm, annotated "
-        f"{record.head_circumference_mm:.1f} mm"
+        f"measured.jpg: {record.name}, ellipse Dice {dice:.4f}, HC {result.hc_mm:.1f} mm, "
+        f"annotated {record.head_circumference_mm:.1f} mm"
     )
 
 
