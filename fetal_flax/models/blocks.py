@@ -1,5 +1,7 @@
 """What the networks are built of: convolution blocks and squeeze-excite."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -40,7 +42,7 @@ class ConvNorm(nnx.Module):
         *,
         separable: bool = False,
         rngs: nnx.Rngs,
-        **conv,
+        **conv: Any,
     ):
         kind = SeparableConv if separable else Conv
         self.conv: Conv | SeparableConv = kind(inputs, outputs, size, rngs=rngs, **conv)
