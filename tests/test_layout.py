@@ -105,15 +105,6 @@ def test_one_room_alone_knows_orbax_and_one_knows_pytorch():
     assert importers("torch") == {"parity"}
 
 
-def test_what_only_posix_has_is_not_imported_with_the_package():
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.parse(path.read_text()).body:
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [str(node.module)]
-            assert not {"fcntl", "grp", "posix", "pwd", "resource", "termios"} & {*names}, path
-
-
 @pytest.mark.parametrize(
     ("module", "without"),
     [

@@ -9,6 +9,7 @@ import concurrent.futures.process
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import io
 import shutil
 from collections.abc import Callable, Sequence
@@ -93,9 +94,14 @@ def open_dataset(config: DataConfig, seed: int) -> Dataset:
         seed: Seeds the phantoms; HC18 doesn't depend on it.
 
     Raises:
-        InputError: HC18 is neither given nor downloadable, its files have problems, or the cache
-            can't be written.
+        InputError: HC18 is neither given nor downloadable, its files have problems, the cache
+            can't be written, or this system has no ArrayRecord.
     """
+    if importlib.util.find_spec("array_record") is None:
+        raise InputError(
+            "data sets are kept in ArrayRecord files, and there is no array-record for this "
+            "system: use Linux or macOS, on Windows WSL"
+        )
     cache = Path(config.cache_dir).expanduser()
     if config.dataset == "fetal_phantom":
         height, width = config.phantom_size

@@ -69,8 +69,8 @@ class Report:
     network: str
     image_size: tuple[int, int]
     timings: tuple[Timing, ...]
-    peak_bytes: int
-    """Of the device's memory where it says so, else of the process's."""
+    peak_bytes: int | None
+    """Of the device's memory where it says so, else of the process's; None on Windows."""
 
 
 def network(

@@ -99,12 +99,17 @@ def device_name() -> str:
     return f"{names[0]}, {cores}" if names else f"{platform.machine()}, {cores}"
 
 
-def peak_bytes() -> int:
-    """Returns the peak of the device's memory where it says so, else of the process's."""
+def peak_bytes() -> int | None:
+    """Returns the peak of the device's memory where it says so, else of the process's.
+
+    None on Windows, which tells neither.
+    """
     statistics_of_device = jax.devices()[0].memory_stats()
     if statistics_of_device and "peak_bytes_in_use" in statistics_of_device:
         return statistics_of_device["peak_bytes_in_use"]
-    import resource  # Windows has none.
-
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -27,11 +27,12 @@ def render(report: Report) -> rich.console.Group:
             "" if temporaries is None else f"{temporaries / 1e6:.0f}",
             f"{timing.roofline_share:.0%}",
         )
+    peak = "" if report.peak_bytes is None else f"; peak memory {report.peak_bytes / 1e6:,.0f} MB"
     return rich.console.Group(
         f"{report.network}, {height}×{width}, on {machine.devices} × {machine.device}; "
         f"jax {machine.jax}, Python {machine.python}",
         f"matrix product {machine.product_flops / 1e9:,.0f} GFLOP/s, copy "
-        f"{machine.copy_bytes / 1e9:,.1f} GB/s; peak memory {report.peak_bytes / 1e6:,.0f} MB",
+        f"{machine.copy_bytes / 1e9:,.1f} GB/s{peak}",
         table,
         "MB: temporaries on each device, XLA's plan. Roofline: the least time that the network's "
         "operations need at the rates above, as a share of the time taken.",

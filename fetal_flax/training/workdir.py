@@ -52,17 +52,20 @@ def hold_workdir(workdir: Path) -> Iterator[None]:
         return
     lock = workdir / ".lock"
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(lock, wait=False))
-        except OSError as error:
-            raise InputError(
-                f"can't write {workdir} ({error.strerror}): choose another --workdir"
-            ) from error
-        try:
+    held = contextlib.ExitStack()
+    try:
+        held.enter_context(locked(lock, wait=False))
+    except OSError as error:
+        raise InputError(
+            f"can't write {workdir} ({error.strerror}): choose another --workdir"
+        ) from error
+    try:
+        with held:
             yield
-        finally:
-            if [path.name for path in workdir.iterdir()] == [lock.name]:
+    finally:
+        if [path.name for path in workdir.iterdir()] == [lock.name]:
+            # After the lock, since Windows removes no open file. Another training may hold it now.
+            with contextlib.suppress(OSError):
                 lock.unlink()
                 for folder in made:
                     folder.rmdir()
