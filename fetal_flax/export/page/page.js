@@ -17,7 +17,7 @@ const SHORT_FLAGS = {
   no_head: "no head",
   touches_border: "border",
   several_components: "several regions",
-  low_ellipse_agreement: "no ellipse",
+  low_ellipse_agreement: "not elliptic",
   low_confidence: "unsure",
 };
 const NONE = "–";
@@ -32,6 +32,8 @@ const pixelSizes = new Map();
 let pixelSizeOfAll = null;
 let selected = null;
 let waiting = Promise.resolve();
+/** How often all images were removed: what is being measured then isn't wanted any more. */
+let removals = 0;
 
 // ---------------------------------------------------------------- measuring
 
@@ -83,6 +85,8 @@ function take(files) {
 async function measureAll(files) {
   if (!(await network)) return;
   const begun = performance.now();
+  const begunAt = removals;
+  const stopped = () => removals !== begunAt;
   let measured = 0;
   for (const [index, file] of files.entries()) {
     say(`Measuring ${index + 1} of ${files.length}: ${file.name}`);
@@ -90,10 +94,11 @@ async function measureAll(files) {
     image.pixelSizeMm = pixelSizes.get(file.name) ?? pixelSizeOfAll;
     try {
       await measure(image);
+      if (stopped()) return;
       images.push(image);
+      addRow(image);
       measured++;
       if (measured === 1) await select(image);
-      else showRow(image);
     } catch (error) {
       problem(`${file.name} ${error.message}.`);
     }
@@ -110,6 +115,8 @@ async function takePixelSizes(file) {
     const sizes = readPixelSizes(await file.text());
     for (const [name, size] of sizes) pixelSizes.set(name, size);
     for (const image of images) image.pixelSizeMm = sizes.get(image.name) ?? image.pixelSizeMm;
+    // Each image has its own; typing one for all would be a slip.
+    element("for-all").checked = false;
     showAll();
     say(`${file.name}: ${count(sizes.size, "pixel size")}.`);
   } catch (error) {
@@ -150,7 +157,7 @@ function texts({ head, pixelSizeMm }) {
     ofd: mm(ofdMm),
     age: age
       ? `${inWeeks(age.weeks)} (${inWeeks(age.low)} to ${inWeeks(age.high)})`
-      : "none: HC is outside of 68 to 360 mm",
+      : "not given: HC is outside of 68 to 360 mm",
     weeks: age ? age.weeks.toFixed(1) : NONE,
   };
 }
@@ -202,7 +209,6 @@ function set(id, attributes) {
 
 function showAll() {
   element("work").hidden = !images.length;
-  element("rows").replaceChildren();
   images.forEach(showRow);
   if (selected) showSelected();
 }
@@ -210,11 +216,13 @@ function showAll() {
 function showSelected() {
   const shown = texts(selected);
   for (const name of ["hc", "bpd", "ofd", "age"]) element(name).textContent = shown[name];
+  element("age").classList.toggle("quiet", shown.weeks === NONE);
   const items = selected.flags.map((flag) => listItem(FLAGS[flag], "warns"));
   if (!items.length) items.push(listItem("No flag. See for yourself that the ellipse fits.", ""));
   element("flags").replaceChildren(...items);
   if (document.activeElement !== element("pixel-size")) {
-    element("pixel-size").value = selected.pixelSizeMm ?? "";
+    const size = selected.pixelSizeMm;
+    element("pixel-size").value = size === null ? "" : Number(size.toPrecision(6));
   }
   element("pixel-size-problem").textContent = "";
   const index = images.indexOf(selected);
@@ -230,10 +238,9 @@ function listItem(text, kind) {
   return item;
 }
 
-function showRow(image) {
-  const shown = texts(image);
-  const row = element("rows").insertRow();
-  row.setAttribute("aria-current", String(image === selected));
+/** Adds an image's row to the table. */
+function addRow(image) {
+  image.row = element("rows").insertRow();
   const name = document.createElement("th");
   name.scope = "row";
   const button = document.createElement("button");
@@ -242,15 +249,24 @@ function showRow(image) {
   button.textContent = image.name;
   button.addEventListener("click", () => select(image));
   name.append(button);
-  row.append(name);
-  const number = (text) => text.replace(" mm", "");
-  const numbers = [number(shown.hc), number(shown.bpd), number(shown.ofd), shown.weeks];
-  for (const text of [...numbers, image.pixelSizeMm?.toPrecision(4) ?? NONE]) {
-    const cell = row.insertCell();
-    cell.className = "number";
-    cell.textContent = text;
+  image.row.append(name);
+  for (const { textContent, className } of document.querySelectorAll("thead th + th")) {
+    const cell = image.row.insertCell();
+    cell.className = className;
+    cell.dataset.column = textContent;
   }
-  row.insertCell().textContent = image.flags.map((flag) => SHORT_FLAGS[flag]).join(", ") || NONE;
+  showRow(image);
+}
+
+function showRow(image) {
+  const { hc, bpd, ofd, weeks } = texts(image);
+  const pixelSize = image.pixelSizeMm?.toPrecision(4) ?? NONE;
+  const flags = image.flags.map((flag) => SHORT_FLAGS[flag]).join(", ") || NONE;
+  const [, ...cells] = image.row.cells;
+  [hc, bpd, ofd, weeks, pixelSize, flags].forEach((text, i) => {
+    cells[i].textContent = text.replace(" mm", "");
+  });
+  image.row.setAttribute("aria-current", String(image === selected));
 }
 
 // ---------------------------------------------------------------- the pixel size
@@ -403,7 +419,9 @@ function download() {
 }
 
 function clear() {
+  removals++;
   images.length = 0;
+  element("rows").replaceChildren();
   selected = null;
   hideScaleTool();
   showAll();

@@ -1,16 +1,16 @@
-// Calls functions of the page's measurement.js, for test_page.py.
+// Calls functions of one of the page's modules, for test_page.py.
 //
-//   node measurement_in_node.mjs MEASUREMENT_JS CALLS_JSON
+//   node call_in_node.mjs MODULE_JS CALLS_JSON
 //
 // CALLS_JSON holds [[function, argument, ...], ...]. An argument {file, type, width, height} is a
-// map whose values lie in that file; maps that are returned are written to RESULT_NUMBER.bin beside
-// CALLS_JSON. Prints the results as JSON.
+// map whose values lie in that file; the values of maps that are returned are written to
+// result_NUMBER.bin beside CALLS_JSON. Prints the results as JSON.
 import { readFileSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { pathToFileURL } from "node:url";
 
 const [modulePath, callsPath] = process.argv.slice(2);
-const measurement = await import(pathToFileURL(modulePath));
+const module = await import(pathToFileURL(modulePath));
 const types = { uint8: Uint8Array, float32: Float32Array };
 
 const read = (argument) => {
@@ -21,12 +21,13 @@ const read = (argument) => {
 };
 let written = 0;
 const write = (_, value) => {
+  if (value instanceof Map) return Object.fromEntries(value);
   if (!ArrayBuffer.isView(value)) return value;
   const file = join(dirname(callsPath), `result_${written++}.bin`);
   writeFileSync(file, value);
   return file;
 };
 const results = JSON.parse(readFileSync(callsPath)).map(([name, ...values]) =>
-  measurement[name](...values.map(read)),
+  module[name](...values.map(read)),
 );
 console.log(JSON.stringify(results, write));
