@@ -8,16 +8,20 @@ import tyro
 
 from fetal_flax.export.settings import ExportSettings, Format
 
+PAGE_NETWORK = "hc18-compact"
+"""Of a page, which is carried around: a third of the parameters, and faster in a browser."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Export:
     """Write a network as a file for other runtimes, and measure how well it agrees."""
 
     settings: Annotated[ExportSettings, tyro.conf.arg(name="")]
-    checkpoint: Path
-    """Training workdir (its best checkpoint), converted directory, or a shipped network's name."""
     output: Path
     """File to write."""
+    checkpoint: Path | None = None
+    """Training workdir (its best checkpoint), converted directory, or a shipped network's name; by
+    default a shipped network, for a page the compact one."""
     format: Format = "onnx"
     """Of the file; each needs the extra of its name."""
     data_dir: Path | None = None
@@ -29,11 +33,13 @@ class Export:
         """Writes, and prints the comparison."""
         import rich.console
 
+        from fetal_flax.checkpoints import shipped
         from fetal_flax.export import to_file
         from fetal_flax.export.comparison import table
 
+        by_default = PAGE_NETWORK if self.format == "web" else shipped.DEFAULT_NETWORK
         report = to_file(
-            self.checkpoint,
+            self.checkpoint or by_default,
             self.output,
             format=self.format,
             settings=self.settings,

@@ -12,7 +12,7 @@ from fetal_flax._util.files import replacing
 from fetal_flax.checkpoints import Checkpoint, load_checkpoint
 from fetal_flax.data.phantoms import make_phantom
 from fetal_flax.errors import InputError
-from fetal_flax.export import runtimes
+from fetal_flax.export import runtimes, web
 from fetal_flax.export.comparison import Comparison, Limits, Runtime, compare
 from fetal_flax.export.onnx_network import onnx_model
 from fetal_flax.export.settings import ExportSettings, Format
@@ -37,7 +37,18 @@ def _write_onnx(checkpoint: Checkpoint, settings: ExportSettings, path: Path) ->
     path.write_bytes(onnx_model(checkpoint, settings).SerializeToString())
 
 
-_WAYS: dict[Format, _Way] = {"onnx": _Way(_write_onnx, runtimes.onnx_runtime)}
+def _write_page(checkpoint: Checkpoint, settings: ExportSettings, path: Path) -> None:
+    web.write_page(checkpoint, settings, web.browser_runtime(settings.onnxruntime_web), path)
+
+
+def _page_runtime(path: Path, channels: int) -> Runtime:
+    return runtimes.onnx_runtime(web.network_in_page(path), channels)
+
+
+_WAYS: dict[Format, _Way] = {
+    "onnx": _Way(_write_onnx, runtimes.onnx_runtime),
+    "web": _Way(_write_page, _page_runtime),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,11 @@ from fetal_flax.export.comparison import Runtime
 from fetal_flax.export.extras import needs
 
 
-def onnx_runtime(path: Path, channels: int) -> Runtime:
+def onnx_runtime(file: Path | bytes, channels: int) -> Runtime:
     """Opens an ONNX file in onnxruntime.
 
     Args:
-        path: The file.
+        file: The file, or what it holds.
         channels: Image channels; grey images are repeated for each.
 
     Raises:
@@ -23,7 +23,7 @@ def onnx_runtime(path: Path, channels: int) -> Runtime:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # Errors: of what it optimises it warns.
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     scaled = session.get_inputs()[0].type != "tensor(uint8)"
 
     def run(images: np.ndarray) -> np.ndarray:

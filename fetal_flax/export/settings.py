@@ -1,10 +1,11 @@
 """What an exported file can be."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
-Format = Literal["onnx"]
-"""ONNX."""
+Format = Literal["onnx", "web"]
+"""ONNX, or a page that measures in a browser."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,3 +20,6 @@ class ExportSettings:
     written whole."""
     precision: Literal["float32", "float16"] = "float32"
     """Dtype of weights and maps; the logits are float32 in any case."""
+    onnxruntime_web: Path | None = None
+    """For a page: the npm package onnxruntime-web, as `npm pack` makes it or unpacked; by default
+    npm fetches it."""

@@ -6,6 +6,7 @@ package and are checked by their SHA-256. The page's policy allows no connection
 """
 
 import base64
+import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
+from markupsafe import Markup
 
 from fetal_flax.checkpoints import Checkpoint
 from fetal_flax.checkpoints.integrity import digest_of_arrays
@@ -108,20 +110,23 @@ def _fetched() -> BrowserRuntime:
         return browser_runtime(packed)
 
 
-def write_page(checkpoint: Checkpoint, path: Path, onnxruntime_web: Path | None = None) -> None:
+def write_page(
+    checkpoint: Checkpoint, settings: ExportSettings, runtime: BrowserRuntime, path: Path
+) -> None:
     """Writes the page that measures with a network.
 
     Args:
         checkpoint: The network.
+        settings: How it is written; the page gives it uint8 images of the network's own size.
+        runtime: What runs it.
         path: The HTML file.
-        onnxruntime_web: As in `browser_runtime`.
 
     Raises:
-        InputError: The runtime isn't there, or a package that the extra `onnx` brings.
+        InputError: A package isn't there that the extra `onnx` brings.
     """
     needs("onnx", "onnx", "onnxruntime")
-    runtime = browser_runtime(onnxruntime_web)
-    model = onnx_model(checkpoint, ExportSettings(input_dtype="uint8")).SerializeToString()
+    settings = dataclasses.replace(settings, input_dtype="uint8", free_size=False)
+    model = onnx_model(checkpoint, settings).SerializeToString()
     path.write_text(_page(checkpoint, model, runtime), encoding="utf-8", newline="\n")
 
 
@@ -157,10 +162,10 @@ def _page(checkpoint: Checkpoint, model: bytes, runtime: BrowserRuntime) -> str:
     )
     return environment.get_template("page.html.jinja").render(
         policy=_policy(script, style),
-        script=jinja2.utils.markupsafe.Markup(script),
-        style=jinja2.utils.markupsafe.Markup(style),
+        script=Markup(script),
+        style=Markup(style),
         settings=settings,
-        settings_json=jinja2.utils.markupsafe.Markup(json.dumps(settings)),
+        settings_json=Markup(json.dumps(settings)),
         blocks={
             "library": _packed(runtime.library),
             "wasm": _packed(runtime.wasm),

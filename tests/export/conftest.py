@@ -178,6 +178,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=path.as_uri())
+        self.wait("location.protocol === 'file:' && document.readyState === 'complete'")
 
     def evaluate(self, expression: str) -> Any:
         """Returns an expression's value, of a promise what it resolves to."""
@@ -203,16 +204,12 @@ class Browser:
     def press(self, key: str, *, shift: bool = False) -> None:
         """Presses a key."""
         for kind in ("keyDown", "keyUp"):
-            self.call(
-                "Input.dispatchKeyEvent", type=kind, key=key, code=key, modifiers=8 * shift
-            )
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, modifiers=8 * shift)
 
     def click(self, x: float, y: float) -> None:
         """Clicks at a point of the window."""
         for kind in ("mousePressed", "mouseReleased"):
-            self.call(
-                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
-            )
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def save_downloads(self, folder: Path) -> None:
         """Lets what the page downloads appear in a folder."""

@@ -12,6 +12,8 @@ import pytest
 from fetal_flax.checkpoints import load_checkpoint
 from fetal_flax.data.images import decode_gray, resize_image
 from fetal_flax.data.phantoms import make_phantom
+from fetal_flax.export import ExportSettings
+from fetal_flax.export.web import write_page
 from fetal_flax.inference.assessment import assess, native_mask
 from fetal_flax.inference.predict import predict
 from fetal_flax.measurement.ellipse import Ellipse
@@ -165,7 +167,7 @@ def test_gestational_age(call_in_node):
 
 
 def test_the_outline_runs_around_the_mask(call_in_node):
-    masks = uneven_masks(6) + [np.eye(5, dtype=bool), np.zeros((4, 4), bool)]
+    masks = [*uneven_masks(6), np.eye(5, dtype=bool), np.zeros((4, 4), bool)]
     paths = call_in_node("drawing.js", [("outlinePath", mask) for mask in masks])
     for mask, path in zip(masks, paths, strict=True):
         crossings = np.zeros((mask.shape[0], mask.shape[1] + 1), int)
@@ -180,17 +182,15 @@ def test_the_outline_runs_around_the_mask(call_in_node):
 
 
 def test_pixel_sizes_are_read_from_a_csv(call_in_node):
-    text = "\ufefffilename,pixel size(mm),head circumference (mm)\r\na.png,0.07,1\r\n\"b\",1e-1,2\r\n"
+    text = '\ufefffilename,pixel size(mm),head circumference (mm)\r\na.png,0.07,1\r\n"b",1e-1,2\r\n'
     [sizes] = call_in_node("csv.js", [("readPixelSizes", text)])
     assert sizes == {"a.png": 0.07, "b": 0.1}
 
 
 @pytest.fixture(scope="module")
 def page(onnxruntime_web, tmp_path_factory) -> Path:
-    from fetal_flax.export.web import write_page
-
     path = tmp_path_factory.mktemp("page") / "measure.html"
-    write_page(load_checkpoint(NETWORK), path, onnxruntime_web)
+    write_page(load_checkpoint(NETWORK), ExportSettings(), onnxruntime_web, path)
     return path
 
 
