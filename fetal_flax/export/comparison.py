@@ -76,7 +76,7 @@ class Limits:
 def compare(
     checkpoint: Checkpoint, run: Runtime, images: Sequence[Image], size: tuple[int, int]
 ) -> Comparison:
-    """Segments images by a file and by the network, in float32, and compares.
+    """Segments images by a file and by the network, and compares.
 
     The first image is a batch of its own, the others come in larger batches.
 
@@ -86,8 +86,7 @@ def compare(
         images: Grey, uint8, of any sizes; at least one.
         size: Height and width at which both see them.
     """
-    model = dataclasses.replace(checkpoint.config, dtype="float32", matmul_precision="float32")
-    metadata = dataclasses.replace(checkpoint.metadata, model=model, image_size=size)
+    metadata = dataclasses.replace(checkpoint.metadata, image_size=size)
     ours = Segmenter(checkpoint._replace(metadata=metadata), batch_size=LARGEST_BATCH)
     outline_px = OUTLINE_PX[metadata.dataset]
     largest = difference = 0.0

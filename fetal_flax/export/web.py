@@ -6,7 +6,6 @@ package and are checked by their SHA-256. The page's policy allows no connection
 """
 
 import base64
-import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
@@ -27,8 +26,6 @@ from fetal_flax.checkpoints.integrity import digest_of_arrays
 from fetal_flax.checkpoints.shipped import LICENCES
 from fetal_flax.errors import InputError
 from fetal_flax.export.extras import needs
-from fetal_flax.export.onnx_network import onnx_model
-from fetal_flax.export.settings import ExportSettings
 from fetal_flax.measurement.head import OUTLINE_PX
 
 PACKAGE = "onnxruntime-web"
@@ -110,23 +107,19 @@ def _fetched() -> BrowserRuntime:
         return browser_runtime(packed)
 
 
-def write_page(
-    checkpoint: Checkpoint, settings: ExportSettings, runtime: BrowserRuntime, path: Path
-) -> None:
+def write_page(checkpoint: Checkpoint, model: bytes, runtime: BrowserRuntime, path: Path) -> None:
     """Writes the page that measures with a network.
 
     Args:
         checkpoint: The network.
-        settings: How it is written; the page gives it uint8 images of the network's own size.
+        model: The same as an ONNX file, for uint8 images of its own size.
         runtime: What runs it.
         path: The HTML file.
 
     Raises:
-        InputError: A package isn't there that the extra `onnx` brings.
+        InputError: onnxruntime isn't there, whose licences the page has.
     """
-    needs("onnx", "onnx", "onnxruntime")
-    settings = dataclasses.replace(settings, input_dtype="uint8", free_size=False)
-    model = onnx_model(checkpoint, settings).SerializeToString()
+    needs("onnx", "onnxruntime")
     path.write_text(_page(checkpoint, model, runtime), encoding="utf-8", newline="\n")
 
 

@@ -12,7 +12,7 @@ import pytest
 from fetal_flax.checkpoints import load_checkpoint
 from fetal_flax.data.images import decode_gray, resize_image
 from fetal_flax.data.phantoms import make_phantom
-from fetal_flax.export import ExportSettings
+from fetal_flax.export import ExportSettings, onnx_model
 from fetal_flax.export.web import write_page
 from fetal_flax.inference.assessment import assess, native_mask
 from fetal_flax.inference.predict import predict
@@ -190,7 +190,9 @@ def test_pixel_sizes_are_read_from_a_csv(call_in_node):
 @pytest.fixture(scope="module")
 def page(onnxruntime_web, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("page") / "measure.html"
-    write_page(load_checkpoint(NETWORK), ExportSettings(), onnxruntime_web, path)
+    checkpoint = load_checkpoint(NETWORK)
+    model = onnx_model(checkpoint, ExportSettings(input_dtype="uint8")).SerializeToString()
+    write_page(checkpoint, model, onnxruntime_web, path)
     return path
 
 
