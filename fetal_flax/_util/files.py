@@ -1,11 +1,12 @@
 """Small files, written so that no reader sees half of one."""
 
+import contextlib
 import csv
 import errno
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     Raises:
         InputError: The file can't be written; whatever was at `path` is still there.
     """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a path to write to, and moves the file to `path` at the end, unless an error ends it.
+
+    Raises:
+        InputError: The file can't be written; whatever was at `path` is still there.
+    """
     path = Path(path)
     # In the same folder, since a move between file systems is a copy; the process id keeps
     # two runs apart.
@@ -25,7 +37,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(content)
+            yield temporary
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)

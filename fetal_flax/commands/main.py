@@ -14,6 +14,7 @@ from fetal_flax.commands.convert import Convert
 from fetal_flax.commands.cross_validate import CrossValidate
 from fetal_flax.commands.data_prepare import PrepareData
 from fetal_flax.commands.evaluate import Evaluate
+from fetal_flax.commands.export import Export
 from fetal_flax.commands.parity import Parity
 from fetal_flax.commands.predict import Predict
 from fetal_flax.commands.run_settings import RunSettings
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Any] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "submission": Submission,
+    "export": Export,
     "parity": Parity,
     "summary": Summarize,
     "benchmark": Benchmark,

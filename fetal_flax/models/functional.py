@@ -226,7 +226,7 @@ def infer(config: ModelConfig, folded: Arrays, images: FeatureMap) -> Logits:
     """
     backend = target_backend()
     network = _structure(config, folded_for=backend).merge(folded)
-    if len(images) > 1 and backend == "cpu":
+    if backend == "cpu" and len(images) > 1:
         # One image's maps nearly fit into the cache; a batch's do not, and asking the system for
         # their memory anew in every call takes a third of the time.
         return jax.lax.map(lambda image: network(image[None])[0], images)
