@@ -14,6 +14,9 @@ from fetal_flax.measurement.head import Head
 
 LEAST_ELLIPSE_AGREEMENT = 0.97
 LEAST_CONFIDENCE = 0.92
+PLAUSIBLE_HC_MM = (30.0, 450.0)
+"""Circumferences that a fetal head can have: from 9 weeks to beyond the largest at term. Others come
+of a wrong pixel size, most often."""
 
 
 class Quality(NamedTuple):
@@ -22,21 +25,31 @@ class Quality(NamedTuple):
     confidence: float
     """Dice that the network's own probabilities expect of its mask, in [0, 1]."""
     flags: tuple[str, ...]
-    """Of `no_head`, `touches_border`, `several_components`, `low_ellipse_agreement` and
-    `low_confidence` those that apply."""
+    """Of `no_head`, `covers_image`, `implausible_size`, `touches_border`, `several_components`,
+    `low_ellipse_agreement` and `low_confidence` those that apply."""
 
 
-def judge(logits: Float[np.ndarray, "height width"], head: Head | None) -> Quality:
+def judge(
+    logits: Float[np.ndarray, "height width"],
+    head: Head | None,
+    *,
+    pixel_size_mm: float | None = None,
+) -> Quality:
     """Judges a prediction.
 
     Args:
         logits: At the network's size, before the sigmoid.
         head: What was measured in the mask that they give.
+        pixel_size_mm: Side of the image's pixels, if known.
     """
     confidence = expected_dice(logits)
     if head is None:
-        return Quality(confidence, ("no_head",))
+        # A mask without an edge is no head, but nor is it nothing.
+        return Quality(confidence, ("covers_image" if (logits > 0).all() else "no_head",))
+    least, most = PLAUSIBLE_HC_MM
+    circumference = pixel_size_mm and head.in_mm(pixel_size_mm).circumference
     signs = {
+        "implausible_size": bool(circumference) and not least <= circumference <= most,
         "touches_border": head.touches_border,
         "several_components": head.components > 1,
         "low_ellipse_agreement": head.ellipse_agreement < LEAST_ELLIPSE_AGREEMENT,
