@@ -55,8 +55,5 @@ def one_line(text: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """Returns a file's name as text that every encoding of Unicode can hold.
-
-    Bytes of a name that are not UTF-8 come as `\\xff`.
-    """
+    """Returns a file's name as text; bytes of it that are not UTF-8 come escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -53,8 +53,7 @@ from fetal_flax.commands import main as command_line
 from fetal_flax.commands.train import Train
 from fetal_flax.config import ModelConfig, TrainConfig, from_dict, to_dict
 from fetal_flax.conversion.names import TABLES
-from fetal_flax.conversion.reader import read_state_dict
-from fetal_flax.conversion.recognition import convert_state_dict
+from fetal_flax.conversion.recognition import read_network
 from fetal_flax.conversion.transfer import to_state_dict
 from fetal_flax.data import hc18
 from fetal_flax.errors import InputError
@@ -174,7 +173,7 @@ def torch_files(campaign: Campaign, inputs: int, rng: random.Random, folder: Pat
     path = folder / "a.pth"
 
     def read() -> None:
-        convert_state_dict(read_state_dict(path), source=str(path))
+        read_network(path)
 
     for number in range(inputs):
         data, legacy = intact[0] if number == 0 else rng.choice(intact)

@@ -1,4 +1,4 @@
-"""What commands show on a terminal: one progress bar, one kind of table, and streams that bear it."""
+"""What commands show on a terminal: one progress bar, one kind of table, streams that bear it."""
 
 import io
 import os
@@ -27,13 +27,17 @@ class _UntilClosed(io.FileIO):
 def harden_streams() -> None:
     """Makes stdout and stderr bear any text, a reader that leaves early, and being closed.
 
-    `fetal-flax predict ... | head -1` would else lose its work at the second line, and a file's name
-    in an alphabet that the terminal lacks at the first.
+    `fetal-flax predict ... | head -1` would else lose its work at the second line, and a file's
+    name in an alphabet that the terminal lacks at the first. Streams that somebody has put in their
+    place already are left alone.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):
+            continue
         if stream is None:  # Closed by whoever started this.
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            raw = io.FileIO(os.open(os.devnull, os.O_WRONLY), "w")
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8"))
             continue
         stream.flush()
         raw = _UntilClosed(stream.fileno(), "wb", closefd=False)

@@ -1,6 +1,7 @@
 """The command line: finds the command, parses its flags, and turns errors into exit codes."""
 
 import functools
+import logging
 import os
 import sys
 import warnings
@@ -50,12 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done; 1 a run that can't go on, 2 bad input, 75 a training that was asked
         to stop and can be resumed, all with a sentence on stderr; 130 interrupted.
     """
-    if arguments is None:
-        harden_streams()
+    harden_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Orbax and Grain warn of their own settings, which no user can act on, and log errors that they
-    # raise as well; OpenCV warns of broken files, which our own sentences name.
+    # raise as well; OpenCV and pydicom warn of broken files, which our own sentences name.
     absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     if arguments == ["--version"]:
         from fetal_flax import __version__

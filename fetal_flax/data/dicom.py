@@ -32,11 +32,11 @@ class NoImageError(InputError):
 
     Args:
         path: The file.
-        kind: What it is, in DICOM's words.
+        kind: What it is, in plain words.
     """
 
     def __init__(self, path: Path, kind: str):
-        super().__init__(f"{path} holds no image: it is a DICOM {kind}")
+        super().__init__(f"{path} holds no image: it is a {kind}")
         self.kind = kind
 
 
@@ -66,12 +66,10 @@ class DicomFile:
         self._path = path
         pydicom = _pydicom()
         try:
-            # pydicom warns of odd values; what matters of them is checked where it is used.
-            with warnings.catch_warnings(action="ignore"):
-                self._dataset: Any = pydicom.dcmread(path, force=not is_dicom(path))
-                meta = self._dataset.file_meta
-                if "TransferSyntaxUID" not in meta:
-                    meta.TransferSyntaxUID = _guessed_syntax(self._dataset)
+            self._dataset: Any = pydicom.dcmread(path, force=not is_dicom(path))
+            meta = self._dataset.file_meta
+            if "TransferSyntaxUID" not in meta:
+                meta.TransferSyntaxUID = _guessed_syntax(self._dataset)
         except Exception as error:  # pydicom lets many kinds through.
             why = _in_one_line(error)
             raise InputError(f"{path} is no DICOM image that can be read: {why}") from None
@@ -80,10 +78,9 @@ class DicomFile:
                 raise InputError(f"{path} is no DICOM image that can be read: it is no DICOM file")
             raise NoImageError(path, self._kind())
         try:
-            with warnings.catch_warnings(action="ignore"):
-                rows, columns = int(self._dataset.Rows), int(self._dataset.Columns)
-                # A value of None stands for an attribute that is there and empty.
-                self.frame_count = int(self._dataset.get("NumberOfFrames") or 1)
+            rows, columns = int(self._dataset.Rows), int(self._dataset.Columns)
+            # A value of None stands for an attribute that is there and empty.
+            self.frame_count = int(self._dataset.get("NumberOfFrames") or 1)
         except Exception as error:
             why = _in_one_line(error)
             raise InputError(f"{path} is no DICOM image that can be read: {why}") from None
@@ -93,11 +90,13 @@ class DicomFile:
             raise InputError(f"{path} {error}") from None
 
     def _kind(self) -> str:
-        """Returns what a file without an image is, in DICOM's words, such as Basic Text SR."""
+        """Returns what a file without an image is, in plain words."""
         meta = self._dataset.file_meta
         uid = meta.get("MediaStorageSOPClassUID") or self._dataset.get("SOPClassUID")
-        name = str(getattr(uid, "name", "")) or "file of another kind"
-        return printable(name.removesuffix(" Storage"))
+        name = str(getattr(uid, "name", ""))
+        if "Directory" in name:
+            return "DICOM directory file"
+        return f"DICOM {'structured report' if 'SR' in name.split() else 'file without an image'}"
 
     def frames(self) -> Iterator[UInt8[np.ndarray, "height width"]]:
         """Decodes one frame after another, as grey images.
@@ -107,18 +106,14 @@ class DicomFile:
         """
         pixels = _pydicom().pixels
         try:
-            with warnings.catch_warnings(action="ignore"):
-                frames = pixels.iter_pixels(self._dataset)
-            while True:
-                with warnings.catch_warnings(action="ignore"):
-                    frame = next(frames, None)
-                    gray = None if frame is None else self._to_gray(pixels, frame)
-                if gray is None:
-                    return
-                yield gray
+            for frame in pixels.iter_pixels(self._dataset):
+                yield self._to_gray(pixels, frame)
         except Exception as error:
             why = _in_one_line(error)
-            raise InputError(f"{self._path} has pixels that can't be decoded: {why}") from None
+            raise InputError(
+                f"{self._path} has pixels that can't be decoded ({why}): export it again, "
+                "uncompressed or as PNG"
+            ) from None
 
     @property
     def pixel_size_mm(self) -> float | None:
@@ -131,13 +126,10 @@ class DicomFile:
                 regions differ in size.
         """
         try:
-            with warnings.catch_warnings(action="ignore"):
-                sizes = {
-                    size for region in self._tissue_regions() if (size := _region_size(region))
-                }
-                if not sizes and (spacing := self._dataset.get("PixelSpacing")):
-                    height, width = map(float, spacing)
-                    sizes = {(width, height)}
+            sizes = {size for region in self._tissue_regions() if (size := _region_size(region))}
+            if not sizes and (spacing := self._dataset.get("PixelSpacing")):
+                height, width = map(float, spacing)
+                sizes = {(width, height)}
         except Exception:  # As many kinds as there are ways to write no number.
             raise InputError(
                 f"{self._path} has a pixel size that can't be read, since it is not two numbers of "
@@ -146,8 +138,8 @@ class DicomFile:
         for side in (side for size in sizes for side in size):
             if not 0 < side < MOST_MM:
                 raise InputError(
-                    f"{self._path} has {side:g} mm as the size of its pixels, not a positive number "
-                    f"below {MOST_MM}: {_GIVE_SIZE}"
+                    f"{self._path} has {side:g} mm as the size of its pixels, not a positive "
+                    f"number below {MOST_MM}: {_GIVE_SIZE}"
                 )
         if len(sizes) > 1:
             raise InputError(
@@ -232,4 +224,6 @@ def _pydicom() -> Any:
         raise InputError(
             "DICOM files need pydicom: install it with pip install 'fetal_flax[dicom]'"
         ) from None
+    # What matters of odd values is checked where it is used. Anew each time: filters come and go.
+    warnings.filterwarnings("ignore", module="pydicom")
     return pydicom

@@ -160,25 +160,22 @@ def find_files(source: Path, skipped: Counter[str] | None = None) -> list[Path]:
 
 
 def listed(skipped: Mapping[str, int]) -> str:
-    """Returns what was counted, as words: `2 hidden files, 1 folder`."""
-    return ", ".join(
-        f"{count} {kind.replace('(s)', 's' if count > 1 else '')}"
-        for kind, count in sorted(skipped.items())
-    )
+    """Returns what was counted, as words: `hidden file (2), folder (1)`."""
+    return ", ".join(f"{kind} ({count})" for kind, count in sorted(skipped.items()))
 
 
 def _kind_of_other(path: Path) -> str:
     """Returns what a folder's entry is, in plain words, or nothing where it is to be read."""
     if path.name.startswith("."):
-        return "hidden file(s)"
+        return "hidden file"
     if path.name.endswith(ANNOTATION_ENDING):
-        return "HC18 outline(s)"
+        return "HC18 outline"
     if _looks_like_image(path):
         return ""
     if path.is_dir():
-        return "folder(s)"
+        return "folder"
     ending = printable(file_name(path.suffix.lower()))
-    return f"file(s) of another kind ({ending})" if ending else "file(s) without an ending"
+    return f"{ending} file" if ending else "file without an ending"
 
 
 def pixel_sizes(
@@ -240,7 +237,7 @@ def read_sources(
             if len(paths) == 1:
                 outcome.failed.append(str(error))
             else:
-                outcome.skipped[f"DICOM file(s) without an image ({error.kind})"] += 1
+                outcome.skipped[error.kind] += 1
         except InputError as error:
             outcome.failed.append(str(error))
         except Exception as error:  # Whatever a reader's own reader lets through.

@@ -15,8 +15,8 @@ from fetal_flax.measurement.head import Head
 LEAST_ELLIPSE_AGREEMENT = 0.97
 LEAST_CONFIDENCE = 0.92
 PLAUSIBLE_HC_MM = (30.0, 450.0)
-"""Circumferences that a fetal head can have: from 9 weeks to beyond the largest at term. Others come
-of a wrong pixel size, most often."""
+"""Circumferences that a fetal head can have, from nine weeks to beyond the largest at term; others
+come of a wrong pixel size, most often."""
 
 
 class Quality(NamedTuple):
