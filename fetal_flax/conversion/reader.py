@@ -18,7 +18,7 @@ import struct
 import sys
 import zipfile
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,15 @@ _STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
+
+_OTHER_STORAGES = {
+    "ComplexFloatStorage": 8,
+    "ComplexDoubleStorage": 16,
+    "QInt8Storage": 1,
+    "QUInt8Storage": 1,
+    "QInt32Storage": 4,
+}
+"""Bytes of an element; the stream's storages lie one behind the other."""
 
 # Views can share or repeat storage, so a few bytes may stand for huge arrays; real state dicts
 # stay near the size of their file.
@@ -82,6 +91,10 @@ _OTHER_KINDS = (
     (b"<", "is an HTML or XML page, such as an error in a download's place; download it again"),
     (b"\x1f\x8b", "is a gzip archive; unpack it first"),
     (b"\x89HDF", "is an HDF5 file, such as Keras writes; only PyTorch's can be read"),
+)
+_TOO_NARROW = (
+    "holds {}, floats of 8 bits or fewer, which lose too much for a measurement; save float16 or "
+    "float32"
 )
 _TAR_MAGIC = (257, b"ustar")
 
@@ -180,10 +193,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         loaded = safetensors.numpy.load_file(path)
     except (KeyError, AttributeError, TypeError, safetensors.SafetensorError) as error:
         if kinds := sorted(set(re.findall(r"F8_\w+|F4\w*|F6_\w+", f"{error} {_header(path)}"))):
-            raise CheckpointError(
-                f"holds {', '.join(kinds)}, floats of 8 bits or fewer, which lose too much for a "
-                "measurement; save float16 or float32"
-            ) from None
+            raise CheckpointError(_TOO_NARROW.format(", ".join(kinds))) from None
         raise
     # The loader's arrays are views of its read buffer.
     return {name: np.array(value) for name, value in loaded.items()}
@@ -235,10 +245,20 @@ def _rank(keys: tuple[str, ...]) -> int:
     return _WRAPPERS.index(keys[0]) if keys and keys[0] in _WRAPPERS else len(_WRAPPERS)
 
 
+def _objects(saved: Any, depth: int) -> Iterator[str]:
+    """Yields what the objects at and below one would have been."""
+    if isinstance(saved, Opaque):
+        yield saved.name
+    elif isinstance(saved, dict) and depth:
+        for value in saved.values():
+            yield from _objects(value, depth - 1)
+
+
 def _no_tensors(saved: Any) -> str:
     """Returns what is wrong with an object without a state dict."""
-    values = [saved, *(saved.values() if isinstance(saved, dict) else ())]
-    objects = [value.name for value in values if isinstance(value, Opaque)]
+    objects = list(_objects(saved, _DEPTH))
+    if narrow := [name for name in objects if name.startswith("torch.float8")]:
+        raise CheckpointError(_TOO_NARROW.format(narrow[0]))
     if objects:
         return (
             f"holds no named tensors, but {_short(objects[0])}, which is no part of a state dict "
@@ -592,9 +612,15 @@ class _PickleMachine:
         narrow = next((kind for kind in kinds if kind.startswith("torch.float8")), None)
         return Opaque(narrow or f"{function.module}.{function.name}")
 
-    def _storage(self, reference: Any) -> "_Storage | Opaque":
-        """Follows ("storage", type, key, device, elements[, view]), the reference to a storage."""
-        kind, storage_type, key, _, count, *views = reference
+    def _storage(self, reference: Any) -> "_Storage | Opaque | _Global":
+        """Follows ("storage", type, key, device, elements[, view]), the reference to a storage.
+
+        Those of types that no weights have are passed over.
+        """
+        kind, storage_type, *more = reference
+        if kind == "module" and isinstance(storage_type, _Global):
+            return storage_type  # A class; the stream keeps its source code beside it.
+        key, _, count, *views = more
         if (
             kind != "storage"
             or not isinstance(storage_type, _Global)
@@ -604,6 +630,8 @@ class _PickleMachine:
             raise TypeError("reference to something that is no storage")
         dtype = _STORAGES.get(storage_type.name)
         if dtype is None:
+            if width := _OTHER_STORAGES.get(storage_type.name):
+                self.storages[key] = (count, count * width)
             return Opaque(f"{storage_type.module}.{storage_type.name}")
         claimed = (count, count * dtype.itemsize)
         if claimed[1] > self._file_size:

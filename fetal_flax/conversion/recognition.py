@@ -76,8 +76,8 @@ def find_tensors(path: Path, *, entry: str | None = None) -> NamedTensors:
 
     Wrappers are dicts around the state dict (`model_state_dict`, `ema`, ...) and beginnings of its
     names (`module.` of `DataParallel`, `_orig_mod.` of `torch.compile`, `model.` of Lightning).
-    Taken is what the most names are known of; of several alike, the first, where `model_state_dict`,
-    `state_dict` and `model` go before all others.
+    Taken is what the most names are known of; of several alike, the first, where
+    `model_state_dict`, `state_dict` and `model` go before all others.
 
     Args:
         path: A file of `torch.save` or a safetensors file.
@@ -110,7 +110,7 @@ def find_tensors(path: Path, *, entry: str | None = None) -> NamedTensors:
 
 
 def _prefixes(tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """Returns the beginnings, up to a dot, that a good part of the names share; none is the first."""
+    """Returns the beginnings, up to a dot, that many names share; the empty one first."""
     counts: Counter[str] = Counter()
     for name in tensors:
         parts = name.split(".", _PREFIX_PARTS)

@@ -10,6 +10,7 @@ import re
 import struct
 import tarfile
 import tracemalloc
+import warnings
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
@@ -203,8 +204,8 @@ def test_training_checkpoint(tmp_path, legacy, wrapper):
     assert whole["optimizer_state_dict"]["param_groups"][0]["betas"] == (0.9, 0.999)
 
     loaded = read_state_dict(path)
-    assert list(loaded) == ["weight", "bias"]
-    check(loaded["weight"], module.module.weight.detach().numpy())
+    assert list(loaded) == ["module.weight", "module.bias"]
+    check(loaded["module.weight"], module.module.weight.detach().numpy())
 
 
 @FORMATS
@@ -354,8 +355,6 @@ def test_objects_beside_the_weights_are_ignored(tmp_path, legacy, protocol):
         "wave": torch.ones(2, dtype=torch.complex64),
         ("a", "tuple"): 1,
     }
-    if legacy:  # The stream's storages lie one behind the other, so all sizes must be known.
-        del beside["wave"]
     weights = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
     path = tmp_path / "a.pth"
     torch.save(
@@ -452,7 +451,8 @@ def test_not_a_checkpoint(tmp_path):
     with tarfile.open(path, "w") as archive:
         archive.addfile(tarfile.TarInfo("model.pth"))
     assert "is a tar archive" in reason(path, read_state_dict)
-    torch.jit.script(torch.nn.Linear(2, 3)).save(path)
+    with warnings.catch_warnings(action="ignore"):  # PyTorch's own, of TorchScript's end.
+        torch.jit.script(torch.nn.Linear(2, 3)).save(path)
     assert "TorchScript" in reason(path, read_state_dict)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("model.pth", "x")
@@ -498,7 +498,6 @@ def test_floats_of_8_bits_are_named(tmp_path, kind):
         ({"shape": (2, 3, 1)}, "cannot be read"),
         ({"shape": 6}, "no tuple"),
         ({"shape": (1,) * 10_000, "strides": (1,) * 10_000}, "too long"),
-        ({"kind": "NoStorage"}, "torch.NoStorage"),
         ({"key": "missing"}, "storage"),
         ({"key": "../data.pkl"}, "storage"),
     ],
@@ -556,7 +555,7 @@ DEEP = b")" + b"\x85" * 200_000  # ((((...)))): hashing overflows the C stack
     ],
 )
 def test_nested_tuples_are_never_hashed_or_printed(tmp_path, legacy, bomb, use):
-    reason(small(tmp_path / "a.pth", legacy, b"\x80\x02" + use(bomb) + b"."))
+    reason(small(tmp_path / "a.pth", legacy, b"\x80\x02" + use(bomb) + b"."), read_state_dict)
 
 
 @FORMATS
