@@ -69,10 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments in (["-h"], ["--help"]) else 2
     keep_compilations(DataConfig.cache_dir)
     flags = arguments[name.count(" ") + 1 :]
-    others = warnings.showwarning
-    warnings.showwarning = functools.partial(_show_warning, name, others)
     try:
-        return parse(name, flags).run()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", InputWarning)
+            warnings.showwarning = functools.partial(_show_warning, name, warnings.showwarning)
+            return parse(name, flags).run()
     except (InputError, RunError, Interrupted) as error:
         print(f"fetal-flax {name}: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -92,8 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if str(interrupt):
             print(f"fetal-flax {name}: {one_line(str(interrupt))}", file=sys.stderr)
         return 130
-    finally:
-        warnings.showwarning = others
 
 
 def parse(name: str, flags: Sequence[str]) -> Any:
