@@ -147,7 +147,8 @@ def predict(
     except (InputError, KeyboardInterrupt) as error:
         said = f"{error}; " if str(error) else "interrupted: "
         where = f", and their rows in {output / TABLE}" if names else ""
-        raise type(error)(
+        kind = InputError if isinstance(error, InputError) else KeyboardInterrupt
+        raise kind(
             f"{said}the results of {len(names)} images are complete{where} ({outcome.files} files "
             "were to be read)"
         ) from None
