@@ -223,7 +223,7 @@ def test_one_pixel_size_is_taken_for_all_images(checkpoint, sees_a_head, tmp_pat
     command = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
     assert main(["predict", *command, "--pixel-size", "0.5"]) == 0
     rows = measurements(tmp_path / "out")
-    assert [row["pixel_size_mm"] for row in rows.values()] == ["0.5"] * 3
+    assert [row["pixel_size_mm"] for row in rows.values()] == ["0.500000"] * 3
     sizes = write_sizes(tmp_path / "sizes.csv", a=0.5, b=0.5)
     predict(checkpoint, source, tmp_path / "by_csv", pixel_size_csv=sizes)
     by_csv = measurements(tmp_path / "by_csv")
