@@ -15,7 +15,7 @@ from jaxtyping import Bool, UInt8
 
 from fetal_flax._util.pipeline import begin_ahead, map_in_threads
 from fetal_flax.checkpoints import Checkpoint, load_checkpoint
-from fetal_flax.config import TestTimeAugmentation
+from fetal_flax.config import ModelConfig, TestTimeAugmentation
 from fetal_flax.data.images import resize_image
 from fetal_flax.errors import InputError
 from fetal_flax.inference.assessment import (
@@ -70,27 +70,9 @@ class Segmenter:
         self._batch_size = batch_size * len(self._devices)
         self._channels = config.in_channels
 
-        def logits(arrays: Arrays, images: jax.Array) -> jax.Array:
-            scaled = images.astype(jnp.float32) / 255
-            return functional.infer(config, arrays, scaled)[..., 0]
-
-        def views(arrays: Arrays, images: jax.Array) -> jax.Array:
-            seen = [logits(arrays, images)]
-            if tta == "flip":
-                seen.append(logits(arrays, images[:, :, ::-1])[:, :, ::-1])
-            return jnp.stack(seen, axis=1)
-
         @functools.cache
         def program(count: int) -> _Program:
-            mesh = jax.sharding.Mesh(np.array(self._devices[:count]), ("images",))
-            whole, shared = (
-                NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("images"))
-            )
-            # Each device runs its own images as if it were alone.
-            of_share = jax.shard_map(
-                views, mesh=mesh, in_specs=(whole.spec, shared.spec), out_specs=shared.spec
-            )
-            function = jax.jit(of_share, compiler_options=compiler_options())
+            function, whole, shared = create_program(config, self._devices[:count], tta=tta)
             return _Program(function, jax.device_put(folded, whole), shared)
 
         self._program = program
@@ -247,6 +229,43 @@ class Segmenter:
         """
         function, arrays, sharding = self._program(1)
         return function, (arrays, jax.device_put(images, sharding))
+
+
+def create_program(
+    config: ModelConfig, devices: Sequence[Any], *, tta: TestTimeAugmentation = "none"
+) -> tuple[jax.stages.Wrapped, NamedSharding, NamedSharding]:
+    """Returns a network as a function of what `functional.fold` returned, and of uint8 images.
+
+    It returns the logits (images, views, height, width); each device runs its own images as if it
+    were alone.
+
+    Args:
+        config: The network.
+        devices: Share the images, which are a multiple of their number.
+        tta: Test-time augmentation, as of `Segmenter`.
+
+    Returns:
+        The function, and where it has its arrays and its images.
+    """
+
+    def logits(arrays: Arrays, images: jax.Array) -> jax.Array:
+        scaled = images.astype(jnp.float32) / 255
+        return functional.infer(config, arrays, scaled)[..., 0]
+
+    def views(arrays: Arrays, images: jax.Array) -> jax.Array:
+        seen = [logits(arrays, images)]
+        if tta == "flip":
+            seen.append(logits(arrays, images[:, :, ::-1])[:, :, ::-1])
+        return jnp.stack(seen, axis=1)
+
+    mesh = jax.sharding.Mesh(np.array(devices), ("images",))
+    whole, shared = (
+        NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("images"))
+    )
+    of_share = jax.shard_map(
+        views, mesh=mesh, in_specs=(whole.spec, shared.spec), out_specs=shared.spec
+    )
+    return jax.jit(of_share, compiler_options=compiler_options()), whole, shared
 
 
 class _Program(NamedTuple):

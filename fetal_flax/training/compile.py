@@ -149,17 +149,23 @@ class BackgroundCompilation:
 def compile_train_chunk(
     config: TrainConfig, programs: Programs, *, records: int | None, steps: int
 ) -> BackgroundCompilation:
-    """Begins to compile a call of `programs.train_chunk`.
+    """Begins to compile a call of `programs.train_chunk`; the arguments are `chunk_arguments`'."""
+    arguments = chunk_arguments(config, records=records, steps=steps)
+    return BackgroundCompilation(lambda: programs.train_chunk.lower(*arguments).compile())
+
+
+def chunk_arguments(
+    config: TrainConfig, *, records: int | None, steps: int
+) -> tuple[TrainState, Any, DeviceDataset | None, Batch | BatchRecipe]:
+    """Returns the shapes and dtypes of what a call of `Programs.train_chunk` takes.
 
     Args:
         config: The run.
-        programs: Its steps.
         records: Images of the data set that is on the devices; None where the host makes batches.
         steps: Steps that a call does.
     """
     variables = functional.shapes(config.model)
     state = jax.eval_shape(functools.partial(initial_state, config), variables)
-    pos_weight = _shape((), np.float32)
     rows, size = (steps, config.schedule.batch_size), config.data.image_size
     photometric = None
     if config.augmentation.photometric:
@@ -181,9 +187,7 @@ def compile_train_chunk(
             affine=_shape((*rows, 2, 3), np.float32),
             photometric=photometric,
         )
-    return BackgroundCompilation(
-        lambda: programs.train_chunk.lower(state, pos_weight, dataset, items).compile()
-    )
+    return state, _shape((), np.float32), dataset, items
 
 
 def _shape(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from fetal_flax._util.backend import target_backend
 from fetal_flax.config import TrainConfig
 from fetal_flax.data.batch import Batch
 from fetal_flax.data.photometric import apply_photometric
@@ -90,7 +91,7 @@ def train_step(
     after = state._replace(
         params=params, batch_stats=batch_stats, opt_state=opt_state, averages=averages
     )
-    applied = _all_finite((loss, gradients)) & ~state.halted
+    applied = all_finite((loss, gradients)) & ~state.halted
     after = jax.tree.map(lambda new, old: jnp.where(applied, new, old), after, state)
     skip = config.schedule.non_finite == "skip"
     after = after._replace(
@@ -217,6 +218,16 @@ def parameter_labels(config: TrainConfig, params: Arrays) -> dict[str, str]:
     return label_parameters(params, freezing_rules(config))
 
 
+def all_finite(arrays: tuple[Array, Arrays]) -> Array:
+    """Returns whether loss and gradients are finite, all of them."""
+    leaves = jax.tree.leaves(arrays)
+    if target_backend() == "cpu":
+        # Stacked: a chain of ands XLA repeats, in a loop, in the update of every parameter.
+        return jnp.isfinite(jnp.stack([jnp.abs(a).max() for a in leaves])).all()
+    # A copy of the gradients costs a GPU less than a kernel for each of them.
+    return jnp.isfinite(jnp.concatenate([a.ravel() for a in leaves])).all()
+
+
 def _update(
     state: TrainState, gradients: Arrays, config: TrainConfig, steps_per_epoch: int
 ) -> tuple[Arrays, optax.OptState]:
@@ -246,11 +257,6 @@ def _move_averages(state: TrainState, now: Arrays, config: TrainConfig) -> Array
     return {
         name: decay * average + (1 - decay) * now[name] for name, average in state.averages.items()
     }
-
-
-def _all_finite(arrays: tuple[Array, Arrays]) -> Array:
-    # Stacked: a chain of ands XLA repeats, in a loop, in the update of every parameter.
-    return jnp.isfinite(jnp.stack([jnp.abs(a).max() for a in jax.tree.leaves(arrays)])).all()
 
 
 def _images(batch: Batch, dtype: jnp.dtype) -> Array:
