@@ -27,6 +27,7 @@ from fetal_flax.training.step import (
     Metrics,
     TrainState,
     encode_step,
+    fold_static_encoder,
     initial_state,
     train_step,
     validation_step,
@@ -60,12 +61,12 @@ def create_programs(config: TrainConfig, mesh: Mesh, *, steps_per_epoch: int = 1
     """
     whole, split, stacked = replicated(mesh), batch_sharding(mesh), step_sharding(mesh)
 
+    step = functools.partial(train_step, config=config, steps_per_epoch=steps_per_epoch)
+
     def train(
         state: TrainState, pos_weight: float | Array, batch: Batch
     ) -> tuple[TrainState, Metrics]:
-        return train_step(
-            state, batch, config=config, pos_weight=pos_weight, steps_per_epoch=steps_per_epoch
-        )
+        return step(state, batch, pos_weight=pos_weight)
 
     def gather(dataset: DeviceDataset, recipe: BatchRecipe) -> Batch:
         batch = gather_batch(
@@ -79,8 +80,12 @@ def create_programs(config: TrainConfig, mesh: Mesh, *, steps_per_epoch: int = 1
         dataset: DeviceDataset | None,
         items: Batch | BatchRecipe,
     ) -> tuple[TrainState, Metrics]:
+        # Not in every step anew: on a GPU that is a kernel or two for each of its arrays.
+        encoder = fold_static_encoder(config, state)
+
         def body(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
-            return train(state, pos_weight, item if dataset is None else gather(dataset, item))
+            batch = item if dataset is None else gather(dataset, item)
+            return step(state, batch, pos_weight=pos_weight, folded_encoder=encoder)
 
         return jax.lax.scan(body, state, items)
 

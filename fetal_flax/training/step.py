@@ -69,6 +69,7 @@ def train_step(
     config: TrainConfig,
     pos_weight: float | Array,
     steps_per_epoch: int = 1,
+    folded_encoder: Arrays | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Trains on one batch.
 
@@ -78,13 +79,14 @@ def train_step(
         config: The run.
         pos_weight: Factor on the cross-entropy of foreground pixels.
         steps_per_epoch: What warm-up and cosine count epochs by.
+        folded_encoder: What `fold_static_encoder` returned of the state, or of one before it.
 
     Returns:
         The next state; `loss` and `dice` of the batch, and whether the step was `applied`: one
         whose loss or gradients are not finite is not (`schedule.non_finite`).
     """
     loss, gradients, batch_stats, logits = loss_and_gradients(
-        state, batch, config=config, pos_weight=pos_weight
+        state, batch, config=config, pos_weight=pos_weight, folded_encoder=folded_encoder
     )
     params, opt_state = _update(state, gradients, config, steps_per_epoch)
     averages = _move_averages(state, params | batch_stats, config)
@@ -105,7 +107,12 @@ def train_step(
 
 
 def loss_and_gradients(
-    state: TrainState, batch: Batch, *, config: TrainConfig, pos_weight: float | Array
+    state: TrainState,
+    batch: Batch,
+    *,
+    config: TrainConfig,
+    pos_weight: float | Array,
+    folded_encoder: Arrays | None = None,
 ) -> LossAndGradients:
     """Runs the network forward and back; the arguments are those of `train_step`."""
     labels = parameter_labels(config, state.params)
@@ -125,6 +132,7 @@ def loss_and_gradients(
             images,
             dropout_key=jax.random.fold_in(jax.random.key(config.seed), state.step),
             train_encoder=not encoder_is_static(config),
+            folded_encoder=folded_encoder,
         )
         loss = dice_bce(
             logits, masks, jnp.asarray(batch.valid), config=config.loss, pos_weight=pos_weight
@@ -211,6 +219,13 @@ def network_of(state: TrainState) -> Variables:
 def encoder_is_static(config: TrainConfig) -> bool:
     """Returns whether the encoder's parameters and batch statistics stay as they are."""
     return not config.encoder.trainable and config.encoder.frozen_batch_norm != "batch"
+
+
+def fold_static_encoder(config: TrainConfig, state: TrainState) -> Arrays | None:
+    """Returns what the encoder is folded to in every step of a run; None where it is not static."""
+    if config.model.name == "unet" or not encoder_is_static(config):
+        return None
+    return functional.fold_encoder(config.model, Variables(state.params, state.batch_stats))
 
 
 def parameter_labels(config: TrainConfig, params: Arrays) -> dict[str, str]:
