@@ -34,6 +34,9 @@ class Predict:
     measurements.csv has how far the two are apart."""
     save_logits: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write logits/NAME.npy too: float32 at the network's size, before the sigmoid."""
+    workers: int | None = None
+    """Threads for each of reading, measuring and writing; by default one for each processor, at
+    most 16."""
 
     def run(self) -> int:
         """Segments what can be read; 2 if something could not be."""
@@ -48,6 +51,7 @@ class Predict:
             pixel_size_mm=self.pixel_size,
             save_logits=self.save_logits,
             tta=self.tta,
+            workers=self.workers,
         )
         for problem in report.failed:
             print(f"fetal-flax predict: {problem}", file=sys.stderr)

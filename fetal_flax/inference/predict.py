@@ -66,6 +66,7 @@ def predict(
     pixel_size_mm: float | None = None,
     save_logits: bool = False,
     tta: TestTimeAugmentation = "none",
+    workers: int | None = None,
 ) -> PredictReport:
     """Segments an image, or every image of a folder, and writes the results.
 
@@ -90,11 +91,13 @@ def predict(
         save_logits: Also write `logits/NAME.npy`: (height, width) float32 at the network's size,
             before the sigmoid.
         tta: `flip` averages the probabilities with those of the mirror image.
+        workers: Threads for each of reading, measuring and writing; None takes one for each
+            processor, at most 16.
 
     Raises:
         InputError: `source` is or holds no image, the CSV can't be used or lacks one of them, the
-            pixel size is no positive number or given beside a CSV, `checkpoint` holds no network,
-            or a result can't be written.
+            pixel size is no positive number or given beside a CSV, `workers` is less than 1,
+            `checkpoint` holds no network, or a result can't be written.
         KeyboardInterrupt: A signal has ended it.
     """
     failed: list[str] = []
@@ -105,6 +108,7 @@ def predict(
         pixel_size_csv=pixel_size_csv,
         pixel_size_mm=pixel_size_mm,
         tta=tta,
+        workers=workers,
     )
 
     def write(pair: tuple[Source, Measurement]) -> dict[str, object]:
@@ -114,7 +118,7 @@ def predict(
 
     with EndOnSignal() as end:
         until_signal = itertools.takewhile(lambda _: not end.received, measured)
-        rows = list(map_in_threads(write, until_signal))
+        rows = list(map_in_threads(write, until_signal, workers))
         if rows:
             table = [MEASUREMENTS, *([row.get(name, "") for name in MEASUREMENTS] for row in rows)]
             write_atomically(output / "measurements.csv", csv_bytes(table))
@@ -130,6 +134,7 @@ def measured_sources(
     pixel_size_csv: Path | None = None,
     pixel_size_mm: float | None = None,
     tta: TestTimeAugmentation = "none",
+    workers: int | None = None,
 ) -> Iterator[tuple[Source, Measurement]]:
     """Yields each image with what the network sees in it.
 
@@ -140,15 +145,16 @@ def measured_sources(
         pixel_size_csv: As in `predict`.
         pixel_size_mm: As in `predict`.
         tta: As in `predict`.
+        workers: As in `predict`.
 
     Raises:
         InputError: As `predict`, before the first image.
     """
     paths = find_files(source)
     sizes = pixel_sizes(paths, pixel_size_csv, pixel_size_mm)
-    segmenter = load(checkpoint, tta=tta)
+    segmenter = load(checkpoint, tta=tta, workers=workers)
     return segmenter.measure_each(
-        read_sources(paths, sizes, failed),
+        read_sources(paths, sizes, failed, workers),
         lambda source: source.image,
         lambda source: source.pixel_size_mm,
     )

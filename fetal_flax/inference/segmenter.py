@@ -33,6 +33,7 @@ from fetal_flax.models.convolution import compiler_options
 from fetal_flax.models.functional import Arrays
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 _MISSING: Any = object()
 
 
@@ -46,6 +47,11 @@ class Segmenter:
         batch_size: Images per call of the network, for each device.
         tta: Test-time augmentation: `flip` shows the network each image's mirror image too.
         devices: Share the images; all devices of this process, if not given.
+        workers: Threads that read and resize images, and as many that measure them; None takes one
+            for each processor, at most 16.
+
+    Raises:
+        InputError: `workers` is less than 1.
 
     Example:
         >>> segmenter = ff.Segmenter(ff.load_checkpoint("runs/hc18"), batch_size=4)
@@ -61,7 +67,10 @@ class Segmenter:
         batch_size: int = 16,
         tta: TestTimeAugmentation = "none",
         devices: Sequence[Any] | None = None,
+        workers: int | None = None,
     ):
+        if workers is not None and workers < 1:
+            raise InputError(f"workers must be at least 1, not {workers}")
         config = checkpoint.config
         folded = functional.fold(config, checkpoint.variables)
         self._image_size = checkpoint.image_size
@@ -69,6 +78,7 @@ class Segmenter:
         self._devices = devices or jax.local_devices()
         self._batch_size = batch_size * len(self._devices)
         self._channels = config.in_channels
+        self.workers = workers
 
         @functools.cache
         def program(count: int) -> _Program:
@@ -121,7 +131,7 @@ class Segmenter:
             178 mm ()
             178 mm ()
         """
-        pairs = map_in_threads(_read_pair, _with_pixel_sizes(images, pixel_sizes_mm))
+        pairs = self._map(_read_pair, _with_pixel_sizes(images, pixel_sizes_mm))
         measured = self.measure_each(pairs, lambda pair: pair[0], lambda pair: pair[1])
         return (measurement for _, measurement in measured)
 
@@ -150,7 +160,7 @@ class Segmenter:
             each = tuple(map(view, views)) if len(views) > 1 else ()
             return item, view(mean_logits(views), views=each)
 
-        return map_in_threads(measure, self.segment(items, image))
+        return self._map(measure, self.segment(items, image))
 
     def masks(self, images: Iterable[Image]) -> list[Bool[np.ndarray, "height width"]]:
         """Returns each image's mask at its own size: True where the head is.
@@ -202,7 +212,7 @@ class Segmenter:
         Images are taken a batch ahead: the network works on it while the logits of the one before
         are used.
         """
-        resized = map_in_threads(
+        resized = self._map(
             lambda image: resize_image(check_image(image), self._image_size), images
         )
         devices = size = 0
@@ -219,6 +229,9 @@ class Segmenter:
 
         for views, count in begin_ahead(begin, _batches(resized, self._batch_size), 1):
             yield from np.asarray(views)[:count]
+
+    def _map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        return map_in_threads(function, items, self.workers)
 
     def call(
         self, images: UInt8[jax.Array, "batch height width channels"]
@@ -279,7 +292,11 @@ class _Program(NamedTuple):
 
 
 def load(
-    source: Path | str, *, batch_size: int = 16, tta: TestTimeAugmentation = "none"
+    source: Path | str,
+    *,
+    batch_size: int = 16,
+    tta: TestTimeAugmentation = "none",
+    workers: int | None = None,
 ) -> Segmenter:
     """Loads a trained network, ready to measure.
 
@@ -289,9 +306,10 @@ def load(
         batch_size: Images per call of the network, for each device.
         tta: Test-time augmentation: `flip` averages each image's probabilities with those of its
             mirror image.
+        workers: As of `Segmenter`.
 
     Raises:
-        InputError: There is no network, or it can't be read.
+        InputError: There is no network, or it can't be read, or `workers` is less than 1.
 
     Example:
         >>> image, pixel_size_mm = ff.read_image("scan.png")
@@ -299,7 +317,8 @@ def load(
         >>> f"{result.hc_mm:.0f} mm"
         '178 mm'
     """
-    return Segmenter(load_checkpoint(source), batch_size=batch_size, tta=tta)
+    checkpoint = load_checkpoint(source)
+    return Segmenter(checkpoint, batch_size=batch_size, tta=tta, workers=workers)
 
 
 def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

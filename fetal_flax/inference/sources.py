@@ -166,7 +166,10 @@ def pixel_sizes(
 
 
 def read_sources(
-    paths: Sequence[Path], sizes: Mapping[str, float], failed: list[str]
+    paths: Sequence[Path],
+    sizes: Mapping[str, float],
+    failed: list[str],
+    workers: int | None = None,
 ) -> Iterator[Source]:
     """Yields the images that can be read, in order; threads read files ahead.
 
@@ -175,9 +178,10 @@ def read_sources(
         sizes: What `pixel_sizes` returned; it goes before what a DICOM file says.
         failed: Takes a sentence for each file that can't be read, or whose results would overwrite
             those of another.
+        workers: Threads that read; None takes one for each processor, at most 16.
     """
     taken: dict[str, Path] = {}
-    readings = in_threads(lambda path: _begin(path, sizes.get(path.name)), paths)
+    readings = in_threads(lambda path: _begin(path, sizes.get(path.name)), paths, workers)
     for path, reading in zip(track(paths, "Predicting"), readings, strict=True):
         try:
             for source in reading.result():

@@ -1,22 +1,16 @@
 """Which parameters learn, and how: Adam with L2 as torch does it, frozen ones left alone."""
 
-import math
 import re
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
-from fetal_flax._util.backend import target_backend
 from fetal_flax.config import OptimizerConfig, TrainConfig
 from fetal_flax.errors import InputError
 
 MAIN, ENCODER, FROZEN = "main", "encoder", "frozen"
-SMALL = 2**14
-"""Numbers of an array that a GPU moves in less time than it takes to start a kernel."""
 
 
 def freezing_rules(config: TrainConfig) -> tuple[tuple[str, str], ...]:
@@ -83,61 +77,11 @@ def adam_l2(
 
 def scale_by_adam_l2(config: OptimizerConfig) -> optax.GradientTransformation:
     """Returns `adam_l2` without its learning rate."""
-    separate = optax.chain(
+    return optax.chain(
         # torch.optim.Adam's weight_decay is L2: it enters the moments, unlike AdamW's.
         optax.add_decayed_weights(config.l2),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
     )
-
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        if target_backend() == "cpu":
-            return separate.update(updates, state, params)
-        packing = _Packing(updates)
-        empty, adam = cast(tuple[optax.OptState, optax.ScaleByAdamState], state)
-        packed = adam._replace(mu=packing.pack(adam.mu), nu=packing.pack(adam.nu))
-        directions, (empty, packed) = separate.update(
-            packing.pack(updates), (empty, packed), packing.pack(params)
-        )
-        adam = packed._replace(mu=packing.unpack(packed.mu), nu=packing.unpack(packed.nu))
-        return packing.unpack(directions), (empty, adam)
-
-    return optax.GradientTransformation(separate.init, update)
-
-
-class _Packing:
-    """Small arrays of a tree as one vector: what is done to each is then one kernel of a GPU.
-
-    Args:
-        tree: Arrays of the shapes that are packed.
-    """
-
-    def __init__(self, tree: Any):
-        leaves, self._structure = jax.tree.flatten(tree)
-        self._shapes = [leaf.shape for leaf in leaves]
-        self._small = [math.prod(shape) <= SMALL for shape in self._shapes]
-
-    def pack(self, tree: Any) -> list[Array]:
-        """Returns the vector, and behind it the arrays that are not small."""
-        leaves = self._structure.flatten_up_to(tree)
-        pairs = list(zip(leaves, self._small, strict=True))
-        vector = [a.ravel() for a, small in pairs if small]
-        large = [a for a, small in pairs if not small]
-        return [jnp.concatenate(vector), *large] if vector else large
-
-    def unpack(self, packed: list[Array]) -> Any:
-        """Returns the tree that `pack` made this of."""
-        arrays, start, leaves = iter(packed), 0, []
-        vector = next(arrays) if any(self._small) else None
-        for shape, small in zip(self._shapes, self._small, strict=True):
-            if small and vector is not None:
-                stop = start + math.prod(shape)
-                leaves.append(vector[start:stop].reshape(shape))
-                start = stop
-            else:
-                leaves.append(next(arrays))
-        return self._structure.unflatten(leaves)
 
 
 def initial_learning_rates(config: TrainConfig) -> dict[str, float]:
