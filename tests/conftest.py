@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 
+from fetal_flax._util.backend import programs_for
 from fetal_flax.checkpoints import Checkpoint, Description
 from fetal_flax.config import DataConfig, EncoderConfig, ModelConfig, ScheduleConfig, TrainConfig
 from fetal_flax.data.batch import Batch
@@ -103,6 +104,13 @@ def shared_dir() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return folder
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def made_for(request) -> Iterator[str]:
+    """Traces programs as for either backend; what a GPU is given runs on a CPU too."""
+    with programs_for(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")

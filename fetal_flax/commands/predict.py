@@ -37,6 +37,9 @@ class Predict:
     """Write logits/NAME.npy too: float32 at the network's size, before the sigmoid."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write measurements.json too: the rows of measurements.csv with all digits."""
+    workers: int | None = None
+    """Threads for each of reading, measuring and writing; by default one for each processor, at
+    most 16."""
 
     def run(self) -> int:
         """Segments what can be read; 2 if something could not be."""
@@ -53,6 +56,7 @@ class Predict:
             save_logits=self.save_logits,
             save_json=self.json,
             tta=self.tta,
+            workers=self.workers,
         )
         for problem in report.failed:
             print(f"fetal-flax predict: {one_line(problem)}", file=sys.stderr)

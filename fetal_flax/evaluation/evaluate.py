@@ -65,6 +65,7 @@ def evaluate(
     output: Path | str | None = None,
     split: SplitName = "all",
     tta: TestTimeAugmentation = "none",
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Segments annotated images and measures how well ellipses, masks and circumferences match.
 
@@ -81,6 +82,8 @@ def evaluate(
         split: Which side of the training run's own split; `all` includes the images that the
             network was trained with, where the run had them.
         tta: `flip` averages the probabilities with those of the mirror image.
+        workers: Threads for each of reading, measuring and writing; None takes one for each
+            processor, at most 16.
 
     Returns:
         What `metrics.json` holds: `n`; of each metric `mean`, `std`, `median` and `ci95`, such as
@@ -97,7 +100,7 @@ def evaluate(
         >>> metrics["n"], metrics["dice"]["mean"] > 0.98, metrics["run"]["missed"]
         (2, True, [])
     """
-    measured = measure(checkpoint, data_dir, output=output, split=split, tta=tta)
+    measured = measure(checkpoint, data_dir, output=output, split=split, tta=tta, workers=workers)
     if output is None:
         return summarize(measured.rows, run=measured.run)
     curves = [] if isinstance(checkpoint, Checkpoint) else [locate(checkpoint) / "curves.png"]
@@ -111,6 +114,7 @@ def measure(
     output: Path | str | None = None,
     split: SplitName = "all",
     tta: TestTimeAugmentation = "none",
+    workers: int | None = None,
 ) -> Measured:
     """Writes the masks and returns the rest: `evaluate` without the summary.
 
@@ -141,12 +145,12 @@ def measure(
             write_mask(Path(output) / "masks" / f"{record.name}.png", measurement.mask)
         return _row(record, measurement), measurement.head
 
-    measured = Segmenter(loaded, tta=tta).measure_each(
-        map_in_threads(dataset.record, track(indices, "Evaluating")),
+    measured = Segmenter(loaded, tta=tta, workers=workers).measure_each(
+        map_in_threads(dataset.record, track(indices, "Evaluating"), workers),
         lambda record: record.image,
         lambda record: record.pixel_size_mm,
     )
-    compared = list(_kept(map_in_threads(compare, measured), output))
+    compared = list(_kept(map_in_threads(compare, measured, workers), output))
     if contradictions:
         hc18.warn_of_contradictions(data.data_dir, sorted(contradictions))
     settings = {

@@ -82,6 +82,7 @@ def predict(
     save_logits: bool = False,
     save_json: bool = False,
     tta: TestTimeAugmentation = "none",
+    workers: int | None = None,
 ) -> PredictReport:
     """Segments an image, or every image of a folder, and writes the results.
 
@@ -109,11 +110,13 @@ def predict(
         save_json: Also write `measurements.json`: a list with an object for each row, whose numbers
             have all their digits.
         tta: `flip` averages the probabilities with those of the mirror image.
+        workers: Threads for each of reading, measuring and writing; None takes one for each
+            processor, at most 16.
 
     Raises:
         InputError: `source` is or holds no image, the CSV can't be used or lacks one of them, the
-            pixel size is no positive number or given beside a CSV, `checkpoint` holds no network,
-            or a result can't be written.
+            pixel size is no positive number or given beside a CSV, `workers` is less than 1,
+            `checkpoint` holds no network, or a result can't be written.
         KeyboardInterrupt: A signal has ended it.
     """
     outcome = Outcome()
@@ -124,6 +127,7 @@ def predict(
         pixel_size_csv=pixel_size_csv,
         pixel_size_mm=pixel_size_mm,
         tta=tta,
+        workers=workers,
     )
     network = _network_name(checkpoint)
 
@@ -138,7 +142,7 @@ def predict(
     try:
         with table, growing_json(output / JSON_TABLE) as json_table, EndOnSignal() as end:
             until_signal = itertools.takewhile(lambda _: not end.received, measured)
-            for row in map_in_threads(write, until_signal):
+            for row in map_in_threads(write, until_signal, workers):
                 table.add(csv_bytes([_cells(row)]))
                 if save_json:
                     json_table.add(_object(row))
@@ -163,6 +167,7 @@ def measured_sources(
     pixel_size_csv: Path | None = None,
     pixel_size_mm: float | None = None,
     tta: TestTimeAugmentation = "none",
+    workers: int | None = None,
 ) -> Iterator[tuple[Source, Measurement]]:
     """Yields each image with what the network sees in it.
 
@@ -173,15 +178,16 @@ def measured_sources(
         pixel_size_csv: As in `predict`.
         pixel_size_mm: As in `predict`.
         tta: As in `predict`.
+        workers: As in `predict`.
 
     Raises:
         InputError: As `predict`, before the first image.
     """
     paths = find_files(source, outcome.skipped)
     sizes = pixel_sizes(paths, pixel_size_csv, pixel_size_mm)
-    segmenter = load(checkpoint, tta=tta)
+    segmenter = load(checkpoint, tta=tta, workers=workers)
     return segmenter.measure_each(
-        read_sources(paths, sizes, outcome),
+        read_sources(paths, sizes, outcome, workers),
         lambda source: source.image,
         lambda source: source.pixel_size_mm,
     )

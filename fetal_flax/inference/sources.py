@@ -215,7 +215,10 @@ def pixel_sizes(
 
 
 def read_sources(
-    paths: Sequence[Path], sizes: Mapping[str, float], outcome: Outcome
+    paths: Sequence[Path],
+    sizes: Mapping[str, float],
+    outcome: Outcome,
+    workers: int | None = None,
 ) -> Iterator[Source]:
     """Yields the images that can be read, in order; threads read files ahead.
 
@@ -223,10 +226,11 @@ def read_sources(
         paths: What `find_files` returned.
         sizes: What `pixel_sizes` returned; it goes before what a DICOM file says.
         outcome: Takes what becomes of each file; no file costs the others their results.
+        workers: Threads that read; None takes one for each processor, at most 16.
     """
     taken: dict[str, Path] = {}
     outcome.files = len(paths)
-    readings = in_threads(lambda path: _begin(path, sizes.get(path.name)), paths)
+    readings = in_threads(lambda path: _begin(path, sizes.get(path.name)), paths, workers)
     for path, reading in zip(track(paths, "Predicting"), readings, strict=True):
         try:
             for source in reading.result():

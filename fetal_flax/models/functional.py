@@ -9,6 +9,7 @@ import functools
 from typing import NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jaxtyping import Array
 
@@ -161,6 +162,7 @@ def apply_train(
     *,
     dropout_key: Array | None = None,
     train_encoder: bool = False,
+    folded_encoder: Arrays | None = None,
 ) -> tuple[Logits, Arrays]:
     """Runs the network as in training, with the batch's statistics and with dropout; pure.
 
@@ -172,6 +174,8 @@ def apply_train(
             `mobilenet_unet`.
         train_encoder: Whether the encoder's batch norms take the batch's statistics too; a frozen
             encoder keeps its own.
+        folded_encoder: What `fold_encoder` returned of these variables, where the encoder is
+            frozen and several calls share it.
 
     Returns:
         Logits as of `apply`, and the batch statistics after the call, for the next one.
@@ -189,6 +193,12 @@ def apply_train(
     network = merge(config, variables)
     if not train_encoder and not isinstance(network, UNet):
         folding.fold_norms(network.encoder)
+        if folded_encoder is not None:
+            folded = {
+                path: folded_encoder[_name(path)]
+                for path, _ in nnx.to_flat_state(nnx.state(network.encoder))
+            }
+            nnx.update(network.encoder, traverse_util.unflatten_dict(folded))
     # The backward pass's products are those of the forward pass, transposed, and like them.
     with _products_of(config):
         logits = network(images, train=True, train_encoder=train_encoder, dropout_key=dropout_key)
@@ -207,6 +217,20 @@ def encode(config: ModelConfig, variables: Variables, images: FeatureMap) -> Enc
     images = as_input(images, config, network.divisor)
     with _products_of(config):
         return tuple(network.encoder(images, train=False))
+
+
+def fold_encoder(config: ModelConfig, variables: Variables) -> Arrays:
+    """Returns a frozen encoder's arrays as training uses them, for `apply_train`.
+
+    Batch norms are part of the convolutions, and all is in the dtype that the network computes in.
+    """
+    network = merge(config, variables)
+    assert not isinstance(network, UNet)
+    folding.fold_norms(network.encoder)
+    arrays = _flatten(nnx.state(network.encoder))
+    if config.dtype != "bfloat16":
+        return arrays
+    return {name: array.astype(jnp.bfloat16) for name, array in arrays.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
