@@ -72,7 +72,7 @@ CHOICES = (
         "t",
         layers,
         "normalize",
-        lambda x, scale, bias: layers._normalize(x, scale, bias)[0],
+        lambda *arguments: layers._normalize(*arguments)[0],
     ),
     Choice(
         "gradients as NHWC convolutions",

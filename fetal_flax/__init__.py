@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fetal_flax import config, models
+    from fetal_flax import config, export, models
     from fetal_flax.checkpoints import (
         Checkpoint,
         Description,
@@ -80,6 +80,7 @@ _HOMES = {
 }
 _MODULES = {
     "config": "config",
+    "export": "export",
     "losses": "training.losses",
     "models": "models",
     "optimizers": "training.optimizer",
@@ -101,6 +102,7 @@ __all__ = [
     "config",
     "create_model",
     "evaluate",
+    "export",
     "from_torch",
     "init",
     "list_networks",

@@ -1,5 +1,7 @@
 """The exceptions that become one sentence and an exit code, and what a sentence may quote."""
 
+import os
+
 
 class InputError(Exception):
     """Bad input from the user: a file, a setting, a command line.
@@ -16,6 +18,13 @@ class InputError(Exception):
     """
 
     exit_code = 2
+
+
+class InputWarning(UserWarning):
+    """Input that is used though something about it can't be right.
+
+    The message is one sentence; the command line prints it to stderr and goes on.
+    """
 
 
 class RunError(Exception):
@@ -38,3 +47,13 @@ def printable(text: str) -> str:
     """Returns text from a file on one line, without control characters and not endless."""
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= 100 else text[:100] + "…"
+
+
+def one_line(text: str) -> str:
+    """Returns a sentence without line breaks and control characters, which a name may bring."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def file_name(name: str) -> str:
+    """Returns a file's name as text; bytes of it that are not UTF-8 come escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

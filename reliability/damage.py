@@ -14,9 +14,11 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import pydicom
 import safetensors.numpy
 
 from fetal_flax.checkpoints import shipped
@@ -185,6 +187,96 @@ def damaged_safetensors(data: bytes, rng: random.Random) -> bytes:
     text = text if text != data[8 : 8 + length] else json.dumps(header).encode()
     claimed = len(text) if rng.random() < 0.9 else abs(rng.choice(NUMBERS))
     return struct.pack("<Q", claimed) + text + rest
+
+
+# DICOM files.
+
+
+def damaged_dicom(data: bytes, rng: random.Random) -> bytes:
+    """Changes one or two elements of a file: their text, numbers, kinds or presence."""
+    with warnings.catch_warnings(action="ignore"):
+        dataset = pydicom.dcmread(io.BytesIO(data))
+        for _ in range(rng.randint(1, 2)):
+            # The spacing and the regions more often than the others.
+            tags = [*dataset.keys(), *[t for t in _SPACINGS if t in dataset] * 5]
+            tag = rng.choice(tags)
+            with contextlib.suppress(Exception):  # What pydicom doesn't take or write.
+                _damage_element(dataset, tag, rng)
+        file = io.BytesIO()
+        try:
+            dataset.save_as(file, enforce_file_format=False)
+        except Exception:  # The same.
+            return damaged(data, rng)
+    return file.getvalue() if rng.random() < 0.9 else file.getvalue()[132:]
+
+
+_SPACINGS = (0x00280030, 0x00186011)  # PixelSpacing, SequenceOfUltrasoundRegions
+
+
+def _damage_element(dataset: pydicom.Dataset, tag: Any, rng: random.Random) -> None:
+    element = dataset[tag]
+    kind = rng.choice(("text", "number", "kind", "delete", "list", "inside"))
+    if element.VR == "SQ" and element.value and kind != "delete":
+        inner = element.value[0]
+        _damage_element(inner, rng.choice([*inner.keys()]), rng)
+    elif kind == "delete":
+        del dataset[tag]
+    elif kind == "kind":
+        vr = rng.choice(("LO", "UN", "DS", "FD", "US", "SQ", "OB"))
+        value = rng.choice((b"0.1\\0.1 ", b"x ", b"\0\0"))
+        dataset[tag] = pydicom.dataelem.RawDataElement(
+            pydicom.tag.Tag(tag), vr, len(value), value, 0, False, True
+        )
+    else:
+        words = [w for w in WORDS if len(w) < 64] + ["0,1\\0,1", "0.1 mm\\0.1 mm", "0.1\\", "1e9"]
+        value = "\\".join(rng.choice(words) for _ in range(rng.randint(1, 3)))
+        if element.VR in ("US", "UL", "SS", "FD", "FL"):
+            numbers = [*NUMBERS, float("nan"), float("inf"), -1.5, 1e300]
+            value = [rng.choice(numbers) for _ in range(rng.randint(1, 2))]
+            value = value if kind == "list" else value[0]
+            element._value = value
+            return
+        raw = value.encode("utf-8", "surrogateescape")
+        dataset[tag] = pydicom.dataelem.RawDataElement(
+            pydicom.tag.Tag(tag), element.VR, len(raw), raw, 0, False, True
+        )
+
+
+def odd_entry(path: Path, rng: random.Random, dicoms: list[bytes], images: list[bytes]) -> str:
+    """Makes an entry of a folder that may be anything, and returns what."""
+    how = rng.choice(
+        (
+            "dicom",
+            "dicom",
+            "image",
+            "image",
+            "odd image",
+            "noise",
+            "empty",
+            "folder",
+            "pipe",
+            "link",
+        )
+    )
+    match how:
+        case "dicom":
+            intact = rng.choice(dicoms)
+            path.write_bytes(rng.choice((damaged, damaged_dicom))(intact, rng))
+        case "image":
+            path.write_bytes(damaged(rng.choice(images), rng))
+        case "odd image":
+            path.write_bytes(_odd_image(rng))
+        case "noise":
+            path.write_bytes(rng.randbytes(rng.randrange(300)))
+        case "empty":
+            path.touch()
+        case "folder":
+            path.mkdir()
+        case "pipe":
+            os.mkfifo(path)
+        case "link":
+            path.symlink_to(rng.choice((path.name, "nowhere", "intact.dcm", "/dev/zero", ".")))
+    return how
 
 
 # Files of any kind.

@@ -14,7 +14,9 @@ import contextlib
 import dataclasses
 import faulthandler
 import io
+import itertools
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.pool
@@ -42,6 +44,7 @@ import damage
 import hypothesis
 import jax
 import numpy as np
+import pydicom
 import safetensors.numpy
 import torch
 from hypothesis import strategies as st
@@ -53,12 +56,12 @@ from fetal_flax.commands import main as command_line
 from fetal_flax.commands.train import Train
 from fetal_flax.config import ModelConfig, TrainConfig, from_dict, to_dict
 from fetal_flax.conversion.names import TABLES
-from fetal_flax.conversion.reader import read_state_dict
-from fetal_flax.conversion.recognition import convert_state_dict
+from fetal_flax.conversion.recognition import read_network
 from fetal_flax.conversion.transfer import to_state_dict
 from fetal_flax.data import hc18
-from fetal_flax.errors import InputError
-from fetal_flax.inference.sources import pixel_sizes
+from fetal_flax.data.dicom import DicomFile
+from fetal_flax.errors import InputError, one_line
+from fetal_flax.inference.sources import Outcome, find_files, listed, pixel_sizes, read_sources
 from fetal_flax.models import functional
 from fetal_flax.training.workdir import read_config
 
@@ -174,7 +177,7 @@ def torch_files(campaign: Campaign, inputs: int, rng: random.Random, folder: Pat
     path = folder / "a.pth"
 
     def read() -> None:
-        convert_state_dict(read_state_dict(path), source=str(path))
+        read_network(path)
 
     for number in range(inputs):
         data, legacy = intact[0] if number == 0 else rng.choice(intact)
@@ -315,6 +318,98 @@ def csv_files(campaign: Campaign, inputs: int, rng: random.Random, folder: Path)
         campaign.check(lambda: pixel_sizes([folder / name for name in names], path))
 
 
+# DICOM files, and folders of everything.
+
+
+def _dicom_bytes(pixels: np.ndarray, **attributes: Any) -> bytes:
+    """An intact ultrasound file."""
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.SOPClassUID = pydicom.uid.UltrasoundImageStorage
+    dataset.SOPInstanceUID = "1.2.3"
+    dataset.Rows, dataset.Columns = pixels.shape[-2:]
+    dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    dataset.BitsAllocated = dataset.BitsStored = 8 * pixels.dtype.itemsize
+    dataset.HighBit = dataset.BitsStored - 1
+    for name, value in attributes.items():
+        setattr(dataset, name, value)
+    dataset.PixelData = pixels.tobytes()
+    file = io.BytesIO()
+    dataset.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def _intact_dicoms() -> list[bytes]:
+    gray = np.add.outer(np.arange(32), 3 * np.arange(40)).astype(np.uint8)
+    region = pydicom.Dataset()
+    region.RegionSpatialFormat = region.RegionDataType = 1
+    region.PhysicalUnitsXDirection = region.PhysicalUnitsYDirection = 3
+    region.PhysicalDeltaX = region.PhysicalDeltaY = 0.02
+    return [
+        _dicom_bytes(gray, SequenceOfUltrasoundRegions=[region]),
+        _dicom_bytes(gray, PixelSpacing=[0.25, 0.25], WindowCenter=100, WindowWidth=80),
+        _dicom_bytes(gray.astype(np.uint16) * 16, BitsStored=12, HighBit=11),
+        _dicom_bytes(np.stack([gray] * 3), NumberOfFrames=3, PixelSpacing=[0.25, 0.25]),
+    ]
+
+
+def dicom_files(campaign: Campaign, inputs: int, rng: random.Random, folder: Path) -> None:
+    """`predict`: bytes and values of DICOM files damaged, with the pixel size and every frame."""
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    intact, path = _intact_dicoms(), folder / "a.dcm"
+
+    def read() -> None:
+        file = DicomFile(path)
+        size = file.pixel_size_mm
+        assert size is None or 0 < size < hc18.MOST_MM, size
+        for frame in itertools.islice(file.frames(), 5):
+            assert frame.dtype == np.uint8 and frame.ndim == 2
+
+    for number in range(inputs):
+        data = intact[0] if number == 0 else rng.choice(intact)
+        how = "intact" if number == 0 else rng.choice(("bytes", "values", "values"))
+        if how == "bytes":
+            data = damage.damaged(data, rng)
+        elif how == "values":
+            data = damage.damaged_dicom(data, rng)
+        path.write_bytes(data)
+        campaign.check(read, how=how)
+
+
+def mixed_folders(campaign: Campaign, inputs: int, rng: random.Random, folder: Path) -> None:
+    """`predict`: folders of DICOM files, images and rubbish; intact files always come through."""
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    dicoms, source = _intact_dicoms(), folder / "in"
+    gray = np.add.outer(np.arange(32), 3 * np.arange(40)).astype(np.uint8)
+    images = [cv2.imencode(kind, gray)[1].tobytes() for kind in (".png", ".jpg", ".bmp", ".webp")]
+
+    def read() -> None:
+        outcome = Outcome()
+        paths = find_files(source, outcome.skipped)
+        found = {s.name for s in read_sources(paths, pixel_sizes(paths, None), outcome)}
+        assert {"intact", "whole"} <= found, "an intact file was lost"
+        assert outcome.done == outcome.files == len(paths)
+        for sentence in outcome.failed:
+            assert not (fault := _fault(one_line(sentence))), fault
+        listed(outcome.skipped)
+
+    for number in range(inputs):
+        shutil.rmtree(source, ignore_errors=True)
+        source.mkdir()
+        (source / "intact.dcm").write_bytes(dicoms[0])
+        (source / "whole.png").write_bytes(images[0])
+        made = []
+        for _ in range(rng.randint(1, 4) if number else 0):
+            ending = rng.choice((".png", ".dcm", "", ".jpg", ".gif", ".tif", ".ima", ".txt", "."))
+            stem = rng.choice((b"a", b"b", b"\xff", b"._a", b"DICOMDIR", b"n\nl", b"x" * 240))
+            path = source / os.fsdecode(stem + ending.encode())
+            with contextlib.suppress(OSError):  # Two things of one name.
+                made.append(damage.odd_entry(path, rng, dicoms, images))
+        campaign.check(read, made=made)
+
+
 # Settings.
 
 _ODD = st.one_of(
@@ -443,6 +538,8 @@ TARGETS: dict[str, Callable[[Campaign, int, random.Random, Path], None]] = {
     "PyTorch files": torch_files,
     "config.json": config_files,
     "pixel-size CSV": csv_files,
+    "DICOM files": dicom_files,
+    "mixed folders": mixed_folders,
     "HC18 folders": hc18_folders,
     "command line": command_lines,
     "own checkpoints": own_checkpoints,

@@ -18,12 +18,16 @@ os.environ["XLA_FLAGS"] = (
 
 import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from fetal_flax._util.backend import programs_for
+from fetal_flax.checkpoints import Checkpoint, Description
 from fetal_flax.config import DataConfig, EncoderConfig, ModelConfig, ScheduleConfig, TrainConfig
 from fetal_flax.data.batch import Batch
+from fetal_flax.models.functional import Variables, init
 
 # Many tests compile the same step; pytest-xdist's workers and children that run train.py share it.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -61,6 +65,13 @@ def shared_dir() -> Path:
     return folder
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def made_for(request) -> Iterator[str]:
+    """Traces programs as for either backend; what a GPU is given runs on a CPU too."""
+    with programs_for(request.param):
+        yield request.param
+
+
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
     """XLA without most optimizations; off again after the module, since others must round alike."""
@@ -85,6 +96,21 @@ def make_batch() -> Callable[..., Batch]:
         return Batch(image + 120 * mask, mask, valid, record)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def threshold_network() -> Checkpoint:
+    """A network that finds what is brighter than a half; float16 holds its weights."""
+    config = ModelConfig(name="unet", base_width=2)
+    variables = init(config, seed=0)
+    kernels = {name: 0 * array for name, array in variables.params.items() if "kernel" in name}
+    for name in ("down1/first", "down1/second", "stage1/block/first", "stage1/block/second"):
+        kernels[f"{name}/conv/kernel"] = kernels[f"{name}/conv/kernel"].at[1, 1, 0, 0].set(1.0)
+    kernels["head/kernel"] = kernels["head/kernel"].at[0, 0, 0, 0].set(40.0)
+    biases = {name: 0 * array for name, array in variables.params.items() if "bias" in name}
+    biases["head/bias"] = jnp.full(1, -20.0)
+    variables = Variables(variables.params | kernels | biases, variables.batch_stats)
+    return Checkpoint(variables, Description("network", config, (64, 96)))
 
 
 @pytest.fixture

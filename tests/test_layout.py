@@ -23,6 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "conversion": {"models", "checkpoints"},
     "reporting": {"measurement"},
     "inference": {"checkpoints", "models", "measurement", "data", "reporting"},
+    "export": {"checkpoints", "data", "inference", "measurement", "models"},
     "summary": {"models"},
     "training": {
         *("data", "models", "measurement", "checkpoints", "conversion", "inference"),

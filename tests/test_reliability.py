@@ -43,3 +43,9 @@ def test_faults_cost_a_run_nothing():
     assert int(faults) == 5 + 2 * disks
     assert (lost, changed) == (" **0** ", " **0** ")
     assert not [row for row in rows if "no mere sentence" in row[-2] or "traceback" in row[-2]]
+
+
+@pytest.mark.slow
+def test_a_long_folder_takes_no_more_memory_than_a_short_one():
+    rows = run("folder.py", "--images", "200", "--workers", "3")
+    assert len(rows) == 10 and rows[-1][0].strip() == "200"

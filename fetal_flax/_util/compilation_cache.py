@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 _DIRECTORY = "JAX_COMPILATION_CACHE_DIR"
@@ -19,10 +20,12 @@ def keep_compilations(cache_dir: str) -> None:
     """
     if _DIRECTORY in os.environ:
         return
-    folder = Path(cache_dir).expanduser() / "compiled" / _machine()
     try:
+        folder = Path(cache_dir).expanduser() / "compiled" / _machine()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+        with tempfile.TemporaryFile(dir=folder):  # It may be there and not for this user.
+            pass
+    except (OSError, RuntimeError):  # The second: no home, nor an entry in passwd that tells it.
         return
     os.environ[_DIRECTORY] = str(folder)
     # JAX's default, a second, leaves out half of what a start compiles.

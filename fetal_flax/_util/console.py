@@ -1,7 +1,10 @@
-"""What commands show on a terminal: one progress bar and one kind of table."""
+"""What commands show on a terminal: one progress bar, one kind of table, streams that bear it."""
 
+import io
+import os
+import sys
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import rich.box
 import rich.console
@@ -9,6 +12,43 @@ import rich.progress
 import rich.table
 
 Item = TypeVar("Item")
+
+
+class _UntilClosed(io.FileIO):
+    """A stream that nobody may read any more: then what is written is lost, and nothing ends."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def harden_streams() -> None:
+    """Makes stdout and stderr bear any text, a reader that leaves early, and being closed.
+
+    `fetal-flax predict ... | head -1` would else lose its work at the second line, and a file's
+    name in an alphabet that the terminal lacks at the first. Streams that somebody has put in their
+    place already are left alone.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):
+            continue
+        if stream is None:  # Closed by whoever started this.
+            raw = io.FileIO(os.open(os.devnull, os.O_WRONLY), "w")
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8"))
+            continue
+        stream.flush()
+        raw = _UntilClosed(stream.fileno(), "wb", closefd=False)
+        # Text is handed on at once: workers that are forked would write it a second time.
+        hardened = io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            line_buffering=True,
+        )
+        setattr(sys, name, hardened)
 
 
 def track(items: Iterable[Item], what: str, count: int | None = None) -> Iterable[Item]:

@@ -1,12 +1,15 @@
 """Small files, written so that no reader sees half of one."""
 
+import contextlib
 import csv
 import errno
+import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from fetal_flax.errors import InputError
@@ -18,22 +21,123 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     Raises:
         InputError: The file can't be written; whatever was at `path` is still there.
     """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a path to write to, and moves the file to `path` at the end, unless an error ends it.
+
+    Raises:
+        InputError: The file can't be written; whatever was at `path` is still there.
+    """
     path = Path(path)
-    # In the same folder, since a move between file systems is a copy; the process id keeps
-    # two runs apart.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # In the same folder, since a move between file systems is a copy; the process id keeps two runs
+    # apart, and a digest is shorter than any name that the system takes.
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    temporary = path.with_name(f".{digest}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(content)
+            yield temporary
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = "make room" if full else "choose an output folder that can be written"
-        raise InputError(f"can't write {path} ({error.strerror}): {way_out}") from error
+        raise _not_written(path, error) from error
+
+
+class GrowingFile:
+    """A file that is whole after every addition, whatever ends the process.
+
+    It appears with the first addition; what was at its place before is removed at once, so that
+    it never passes for new. `close` it, or use it as a context manager.
+
+    Args:
+        path: The file; its folder is made if needed.
+        head: Its first bytes.
+        tail: Its last bytes, always behind what was added.
+        separator: Stands between two additions.
+
+    Raises:
+        InputError: What was there before can't be removed.
+    """
+
+    def __init__(self, path: Path, head: bytes, *, tail: bytes = b"", separator: bytes = b""):
+        self._path, self._head, self._tail, self._separator = path, head, tail, separator
+        self._descriptor: int | None = None
+        self._end = 0
+        try:
+            path.unlink(missing_ok=True)
+        except NotADirectoryError:
+            pass
+        except OSError as error:
+            raise _not_written(path, error) from error
+
+    def add(self, content: bytes) -> None:
+        """Adds bytes behind those before.
+
+        Raises:
+            InputError: They can't be written; the file is as it was.
+        """
+        first = self._descriptor is None
+        try:
+            if self._descriptor is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            begin = self._head if first else self._separator
+            self._write(begin + content + self._tail)
+            self._end += len(begin + content)
+        except OSError as error:
+            raise _not_written(self._path, error) from error
+
+    def _write(self, content: bytes) -> None:
+        """Writes at the end, before the tail; a part of it is taken back."""
+        assert self._descriptor is not None
+        try:
+            os.lseek(self._descriptor, self._end, os.SEEK_SET)
+            if os.write(self._descriptor, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self._descriptor, self._end)
+            if self._end and self._tail:  # There was room for it before.
+                os.lseek(self._descriptor, self._end, os.SEEK_SET)
+                os.write(self._descriptor, self._tail)
+            elif not self._end:
+                self._path.unlink(missing_ok=True)
+            raise
+
+    def close(self) -> None:
+        """Closes the file, if anything was added."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> "GrowingFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def growing_csv(path: Path, columns: Sequence[str]) -> GrowingFile:
+    """Returns a CSV to which `csv_bytes([row])` is added."""
+    return GrowingFile(path, csv_bytes([columns]))
+
+
+def growing_json(path: Path) -> GrowingFile:
+    """Returns a JSON list to which texts of objects are added."""
+    return GrowingFile(path, b"[\n", tail=b"\n]\n", separator=b",\n")
+
+
+def _not_written(path: Path, error: OSError) -> InputError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    way_out = "make room" if full else "choose an output folder that can be written"
+    return InputError(f"can't write {path} ({error.strerror}): {way_out}")
 
 
 def csv_bytes(rows: Sequence[Sequence[object]]) -> bytes:

@@ -12,7 +12,7 @@ Begun = TypeVar("Begun")
 Result = TypeVar("Result")
 
 MAX_THREADS = 16
-"""More of them would wait for the interpreter."""
+"""More of them would wait for the interpreter, mostly."""
 
 
 def begin_ahead(
@@ -48,15 +48,20 @@ def begin_ahead(
 
 
 def in_threads(
-    function: Callable[[Item], Result], items: Iterable[Item]
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None
 ) -> Iterator[concurrent.futures.Future[Result]]:
     """Yields the future of `function(item)` of each item, in order; threads work a little ahead.
 
     Worth it where most of the function's time is spent outside of the interpreter, as in OpenCV's
     and NumPy's functions and in reading and writing. Whoever stops iterating waits for the calls
     that run; those that have not begun are dropped.
+
+    Args:
+        function: What the threads call.
+        items: What it is called with.
+        threads: How many; None takes one for each processor, at most `MAX_THREADS`.
     """
-    threads = min(available_cpus(), MAX_THREADS)
+    threads = threads or min(available_cpus(), MAX_THREADS)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         try:
             yield from begin_ahead(lambda item: pool.submit(function, item), items, threads)
@@ -65,6 +70,8 @@ def in_threads(
             raise
 
 
-def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def map_in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None
+) -> Iterator[Result]:
     """Yields `function(item)` of each item, in order, as `in_threads` computes it."""
-    return (future.result() for future in in_threads(function, items))
+    return (future.result() for future in in_threads(function, items, threads))

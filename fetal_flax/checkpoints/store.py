@@ -52,6 +52,7 @@ from fetal_flax.models.functional import Variables
 FOLDER = "checkpoints"
 DAMAGED = "damaged"
 PER_EPOCH = 1_000_000
+_OF_PYTORCH = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".tar")
 _policies = checkpoint_managers.preservation_policy
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 
@@ -305,10 +306,25 @@ def exists(directory: Path) -> bool:
     return (directory / FOLDER).is_dir()
 
 
+def _no_checkpoint(path: Path) -> str:
+    """Returns a sentence for what is no checkpoint, with the way out where it is near one."""
+    for folder in path.parents:
+        if exists(folder) and path.is_relative_to(folder / FOLDER):
+            return f"{path} is a part of the checkpoints of a run: give the run's folder, {folder}"
+    if path.is_file() and path.suffix.lower() in _OF_PYTORCH:
+        return (
+            f"{path} is a file of weights, not a folder: make one of it with fetal-flax convert "
+            f"--source {path} --output {path.with_suffix('')}, and give that"
+        )
+    if path.is_file():
+        return f"{path} is a file, not a checkpoint's folder: give {shipped.choices()}"
+    return f"{path} holds no checkpoint: give {shipped.choices()}"
+
+
 @contextlib.contextmanager
 def _reader(directory: Path) -> Iterator[ocp.CheckpointManager]:
     if not exists(directory):
-        raise InputError(f"{directory} holds no checkpoint: give {shipped.choices()}")
+        raise InputError(_no_checkpoint(directory))
     process = jax.process_index()
     options = ocp.CheckpointManagerOptions(
         read_only=True,

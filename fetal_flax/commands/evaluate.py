@@ -21,6 +21,9 @@ class Evaluate:
     """Which side of the run's split."""
     tta: TestTimeAugmentation = "none"
     """Test-time augmentation: `flip` averages each image with its mirror image."""
+    workers: int | None = None
+    """Threads for each of reading, measuring and writing; by default one for each processor, at
+    most 16."""
 
     def run(self) -> int:
         """Evaluates, and prints the headline."""
@@ -28,7 +31,12 @@ class Evaluate:
         from fetal_flax.reporting.headline import headline
 
         metrics = evaluate(
-            self.checkpoint, self.data_dir, output=self.output, split=self.split, tta=self.tta
+            self.checkpoint,
+            self.data_dir,
+            output=self.output,
+            split=self.split,
+            tta=self.tta,
+            workers=self.workers,
         )
         print(headline(metrics, self.output))
         return 0

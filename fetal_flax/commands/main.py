@@ -1,19 +1,24 @@
 """The command line: finds the command, parses its flags, and turns errors into exit codes."""
 
+import functools
+import logging
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import absl.logging
 import tyro
 
 from fetal_flax._util.compilation_cache import keep_compilations
+from fetal_flax._util.console import harden_streams
 from fetal_flax.commands.benchmark import Benchmark
 from fetal_flax.commands.convert import Convert
 from fetal_flax.commands.cross_validate import CrossValidate
 from fetal_flax.commands.data_prepare import PrepareData
 from fetal_flax.commands.evaluate import Evaluate
+from fetal_flax.commands.export import Export
 from fetal_flax.commands.parity import Parity
 from fetal_flax.commands.predict import Predict
 from fetal_flax.commands.run_settings import RunSettings
@@ -21,7 +26,7 @@ from fetal_flax.commands.submission import Submission
 from fetal_flax.commands.summary import Summarize
 from fetal_flax.commands.train import Train
 from fetal_flax.config import DataConfig
-from fetal_flax.errors import InputError, Interrupted, RunError, printable
+from fetal_flax.errors import InputError, InputWarning, Interrupted, RunError, one_line, printable
 
 COMMANDS: dict[str, Any] = {
     "train": Train,
@@ -30,6 +35,7 @@ COMMANDS: dict[str, Any] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "submission": Submission,
+    "export": Export,
     "parity": Parity,
     "summary": Summarize,
     "benchmark": Benchmark,
@@ -47,10 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done; 1 a run that can't go on, 2 bad input, 75 a training that was asked
         to stop and can be resumed, all with a sentence on stderr; 130 interrupted.
     """
+    harden_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Orbax and Grain warn of their own settings, which no user can act on, and log errors that they
-    # raise as well; OpenCV warns of broken files, which our own sentences name.
+    # raise as well; OpenCV and pydicom warn of broken files, which our own sentences name.
     absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     if arguments == ["--version"]:
         from fetal_flax import __version__
@@ -64,21 +72,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_compilations(DataConfig.cache_dir)
     flags = arguments[name.count(" ") + 1 :]
     try:
-        return parse(name, flags).run()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", InputWarning)
+            warnings.showwarning = functools.partial(_show_warning, name, warnings.showwarning)
+            return parse(name, flags).run()
     except (InputError, RunError, Interrupted) as error:
-        print(f"fetal-flax {name}: {error}", file=sys.stderr)
+        print(f"fetal-flax {name}: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         if error.filename is None:
             raise
         # A name that is too long, a folder that may not be entered, a disk that is full.
         print(
-            f"fetal-flax {name}: can't use {error.filename} ({error.strerror}): choose another "
-            "path or make this one usable",
+            one_line(
+                f"fetal-flax {name}: can't use {error.filename} ({error.strerror}): choose another "
+                "path or make this one usable"
+            ),
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if str(interrupt):
+            print(f"fetal-flax {name}: {one_line(str(interrupt))}", file=sys.stderr)
         return 130
 
 
@@ -100,6 +115,16 @@ def parse(name: str, flags: Sequence[str]) -> Any:
             "flags"
         )
     return parsed
+
+
+def _show_warning(
+    name: str, others: Callable[..., None], message: Warning | str, *details: Any, **options: Any
+) -> None:
+    """Prints our own warnings as sentences, and others as they come."""
+    if isinstance(message, InputWarning):
+        print(f"fetal-flax {name}: warning: {one_line(str(message))}", file=sys.stderr)
+    else:
+        others(message, *details, **options)
 
 
 def _usage() -> str:

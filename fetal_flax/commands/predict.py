@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from fetal_flax.config import TestTimeAugmentation
+from fetal_flax.errors import one_line
 
 MAX_FLAGGED_SHOWN = 10
 """How many flagged images are named before the rest is counted."""
@@ -18,7 +19,7 @@ class Predict:
     """Segment an image or a folder of images: masks, overlays and measurements of the head."""
 
     input: Path
-    """Image (PNG, JPEG, BMP, TIFF, DICOM), or folder of images."""
+    """Image (PNG, JPEG, BMP, TIFF, WebP, GIF, DICOM), or folder of images."""
     output: Path
     """Folder for the results."""
     checkpoint: Path | None = None
@@ -34,11 +35,17 @@ class Predict:
     measurements.csv has how far the two are apart."""
     save_logits: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write logits/NAME.npy too: float32 at the network's size, before the sigmoid."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write measurements.json too: the rows of measurements.csv with all digits."""
+    workers: int | None = None
+    """Threads for each of reading, measuring and writing; by default one for each processor, at
+    most 16."""
 
     def run(self) -> int:
         """Segments what can be read; 2 if something could not be."""
         from fetal_flax.checkpoints import shipped
         from fetal_flax.inference.predict import predict
+        from fetal_flax.inference.sources import listed
 
         report = predict(
             self.checkpoint or shipped.default(),
@@ -47,14 +54,21 @@ class Predict:
             pixel_size_csv=self.pixel_size_csv,
             pixel_size_mm=self.pixel_size,
             save_logits=self.save_logits,
+            save_json=self.json,
             tta=self.tta,
+            workers=self.workers,
         )
         for problem in report.failed:
-            print(f"fetal-flax predict: {problem}", file=sys.stderr)
-        print(
-            f"{len(report.predicted)} images segmented; masks, overlays and measurements.csv are "
-            f"in {self.output}"
-        )
+            print(f"fetal-flax predict: {one_line(problem)}", file=sys.stderr)
+        if report.predicted:
+            print(
+                f"{len(report.predicted)} images segmented; masks, overlays and measurements.csv "
+                f"are in {self.output}"
+            )
+        else:
+            print(f"no image could be read: nothing was written to {self.output}")
+        if report.skipped:
+            print(f"left out: {listed(report.skipped)}")
         if report.flagged:
             named = ", ".join(report.flagged[:MAX_FLAGGED_SHOWN])
             more = len(report.flagged) - MAX_FLAGGED_SHOWN

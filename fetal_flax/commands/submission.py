@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from fetal_flax.config import TestTimeAugmentation
+from fetal_flax.errors import one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Submission:
             self.checkpoint, self.input, self.pixel_size_csv, self.output, tta=self.tta
         )
         for problem in report.problems:
-            print(f"fetal-flax submission: {problem}", file=sys.stderr)
-        print(f"{report.measured} heads are in {self.output}")
+            print(f"fetal-flax submission: {one_line(problem)}", file=sys.stderr)
+        if report.measured:
+            print(f"{report.measured} heads are in {self.output}")
+        else:
+            print(f"no head could be measured: {self.output} was not written")
         return 2 if report.problems else 0

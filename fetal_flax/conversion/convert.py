@@ -1,5 +1,6 @@
 """PyTorch files to checkpoints, and the way back."""
 
+import warnings
 from pathlib import Path
 
 import safetensors.numpy
@@ -10,10 +11,12 @@ from fetal_flax.conversion.names import ENCODER, TABLES
 from fetal_flax.conversion.recognition import read_network
 from fetal_flax.conversion.transfer import to_state_dict
 from fetal_flax.conversion.writer import state_dict_bytes
-from fetal_flax.errors import InputError
+from fetal_flax.errors import InputError, InputWarning, file_name, printable
 
 
-def from_torch(source: Path | str, *, channels: int | None = None) -> Checkpoint:
+def from_torch(
+    source: Path | str, *, channels: int | None = None, entry: str | None = None
+) -> Checkpoint:
     """Reads a PyTorch file, without PyTorch; layout and widths are read off the tensors.
 
     Args:
@@ -21,6 +24,7 @@ def from_torch(source: Path | str, *, channels: int | None = None) -> Checkpoint
             torchvision's MobileNetV2, of which the encoder is taken (`metadata.kind` says which).
         channels: Image channels of an encoder, 1 or 3; 1, the default, takes the mean of an RGB
             stem.
+        entry: Where the file holds several networks, such as `model` and `ema`: which to take.
 
     Raises:
         InputError: The file can't be read or is none of our networks.
@@ -32,10 +36,20 @@ def from_torch(source: Path | str, *, channels: int | None = None) -> Checkpoint
         True
     """
     source = Path(source)
-    network = read_network(source, channels=channels)
-    description = Description(
-        kind=network.kind, model=network.model, progress={"source": source.name}
+    network = read_network(source, channels=channels, entry=entry)
+    if network.other_entries:
+        others = ", ".join(map(printable, network.other_entries))
+        warnings.warn(
+            InputWarning(
+                f"{source} holds several networks: {printable(network.entry) or 'the outermost'} "
+                f"was taken, not {others}; choose with --entry"
+            ),
+            stacklevel=2,
+        )
+    progress = {"source": file_name(source.name)} | (
+        {"entry": network.entry} if network.entry else {}
     )
+    description = Description(kind=network.kind, model=network.model, progress=progress)
     return Checkpoint(network.variables, description)
 
 
@@ -67,13 +81,16 @@ def to_torch(checkpoint: Checkpoint, output: Path | str) -> None:
     write_atomically(output, content)
 
 
-def from_torch_file(source: Path, output: Path, *, channels: int | None = None) -> Description:
+def from_torch_file(
+    source: Path, output: Path, *, channels: int | None = None, entry: str | None = None
+) -> Description:
     """Converts a PyTorch file into a checkpoint's directory: `convert_weights.py`.
 
     Args:
         source: As of `from_torch`.
         output: Directory to make; it must not hold a checkpoint yet.
         channels: As of `from_torch`.
+        entry: As of `from_torch`.
 
     Returns:
         What the checkpoint says of itself.
@@ -81,7 +98,7 @@ def from_torch_file(source: Path, output: Path, *, channels: int | None = None) 
     Raises:
         InputError: As `from_torch` and `save_checkpoint`.
     """
-    checkpoint = from_torch(source, channels=channels)
+    checkpoint = from_torch(source, channels=channels, entry=entry)
     save_checkpoint(output, checkpoint)
     return checkpoint.metadata
 

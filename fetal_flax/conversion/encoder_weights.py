@@ -1,5 +1,6 @@
 """Where a pre-trained encoder comes from: torchvision's files, a path, a network, or nowhere."""
 
+import os
 from pathlib import Path
 
 from fetal_flax import checkpoints
@@ -42,7 +43,7 @@ def load_encoder(weights: str, model: ModelConfig, cache_dir: Path) -> Variables
         return None
     if weights in TORCHVISION:
         return read_encoder(torchvision_file(weights, cache_dir), model)
-    path = Path(weights).expanduser()
+    path = Path(os.path.expanduser(weights))
     if path.is_dir() or weights in shipped.names():
         return checkpoints.load_encoder(path, expected)
     if not path.exists():

@@ -3,7 +3,9 @@
 A checkpoint is a pickle plus raw storages. Two wrappings exist: the zip archive of torch >= 1.6 and
 the older stream of pickles, in which torchvision's `mobilenet_v2-b0353104.pth` is kept. The pickle
 is not given to `pickle`: a small stack machine knows the instructions that state dicts use, builds
-plain containers, and has no way to import or call anything. Facts about the layout are from
+plain containers, and has no way to import or call anything. Whatever else lies beside the weights
+(settings, random states, whole objects) becomes an `Opaque` that says what it would have been.
+Facts about the layout are from
 PyTorch's notes "Serialization semantics" and `torch/serialization.py`; the instructions are
 documented in Python's `pickletools`.
 """
@@ -16,7 +18,7 @@ import struct
 import sys
 import zipfile
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +48,15 @@ _STORAGES = {
     "BoolStorage": np.dtype(np.bool_),
 }
 
+_OTHER_STORAGES = {
+    "ComplexFloatStorage": 8,
+    "ComplexDoubleStorage": 16,
+    "QInt8Storage": 1,
+    "QUInt8Storage": 1,
+    "QInt32Storage": 4,
+}
+"""Bytes of an element; the stream's storages lie one behind the other."""
+
 # Views can share or repeat storage, so a few bytes may stand for huge arrays; real state dicts
 # stay near the size of their file.
 _GROWTH = 8
@@ -68,8 +79,46 @@ _DAMAGE = (
 )
 
 _AXES = 64  # of numpy
+_DEPTH = 4  # of wrappers around a state dict
 _WRAPPERS = ("model_state_dict", "state_dict", "model")
-_PREFIX = "module."
+"""Taken first where several state dicts are of one network."""
+_COUNTER = "n_averaged"
+"""What `torch.optim.swa_utils.AveragedModel` keeps beside its network."""
+
+# How files begin that are no checkpoints, and what to say of them.
+_OTHER_KINDS = (
+    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run git lfs pull"),
+    (b"<", "is an HTML or XML page, such as an error in a download's place; download it again"),
+    (b"\x1f\x8b", "is a gzip archive; unpack it first"),
+    (b"\x89HDF", "is an HDF5 file, such as Keras writes; only PyTorch's can be read"),
+)
+_TOO_NARROW = (
+    "holds {}, floats of 8 bits or fewer, which lose too much for a measurement; save float16 or "
+    "float32"
+)
+_TAR_MAGIC = (257, b"ustar")
+
+
+class Opaque:
+    """Stands for an object in a file that is not built, since that would run code.
+
+    Attributes:
+        name: What it is: its class or the function that makes it.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+
+class StateDict(NamedTuple):
+    """Tensors by name, and where in the file they are."""
+
+    keys: tuple[str, ...]
+    """The way to it from the file's own object; positions in lists as text."""
+    tensors: dict[str, np.ndarray]
 
 
 class CheckpointError(InputError):
@@ -86,44 +135,30 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
         The saved object. Dicts, lists, tuples, strings, numbers, booleans and None come back as
         they are; `torch.Size` as a tuple; tensors and parameters as contiguous arrays that own
         their memory, in the machine's byte order, bfloat16 as `ml_dtypes.bfloat16`. Attributes on
-        containers, such as the `_metadata` of a state dict, are dropped.
+        containers, such as the `_metadata` of a state dict, are dropped; a `defaultdict` is a dict,
+        and every other object an `Opaque`. Dict items whose key is no text or number are left out.
 
     Raises:
-        CheckpointError: If the file is missing, damaged, not of `torch.save`, or holds anything
-            else, for example a whole module or an `argparse.Namespace`.
+        CheckpointError: If the file is missing, damaged or not of `torch.save`.
     """
     return _reading(path, _read_torch)
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Reads the named tensors of a model.
+def read_state_dicts(path: str | os.PathLike[str]) -> list[StateDict]:
+    """Reads every state dict in a file: dicts of tensors alone, wrapped in whatever it is.
 
     Args:
         path: A file of `torch.save` or a safetensors file; the content decides, not the suffix.
 
     Returns:
-        Arrays by name, in the order of the file. A wrapper dict with `model_state_dict`,
-        `state_dict` or `model` is opened, and `module.` (of `DataParallel`) is taken off if every
-        name begins with it.
+        At least one, those under the usual names of a model first. Names are as they are stored,
+        with what wrappers put before them; what `swa_utils` counts is left out.
 
     Raises:
-        CheckpointError: If the file cannot be read, or holds no tensors, or other values than
-            tensors.
+        CheckpointError: If the file cannot be read, or holds no tensors, or other values among
+            them.
     """
-    return _reading(path, _read_named_tensors)
-
-
-def unwrap(saved: Any) -> Any:
-    """Returns the state dict within a saved object, without `DataParallel`'s prefix.
-
-    Anything else comes back as it is.
-    """
-    if not isinstance(saved, dict):
-        return saved
-    state = next((saved[key] for key in _WRAPPERS if isinstance(saved.get(key), dict)), saved)
-    if all(isinstance(name, str) and name.startswith(_PREFIX) for name in state):
-        return {name.removeprefix(_PREFIX): value for name, value in state.items()}
-    return dict(state)
+    return _reading(path, _read_state_dicts)
 
 
 def _reading(path: str | os.PathLike[str], read: Callable[[Path], Any]) -> Any:
@@ -141,27 +176,97 @@ def _reading(path: str | os.PathLike[str], read: Callable[[Path], Any]) -> Any:
         raise CheckpointError(f"{path}: cannot be read ({reason}); {_COPY_AGAIN}") from error
 
 
-def _read_named_tensors(path: Path) -> dict[str, np.ndarray]:
+def _read_state_dicts(path: Path) -> list[StateDict]:
     with path.open("rb") as file:
         head = file.read(9)
     # safetensors: eight bytes of header length, then the header, which is JSON.
-    if head[8:] == b"{":
-        loaded = safetensors.numpy.load_file(path)
-        # The loader's arrays are views of its read buffer.
-        state: Any = {name: np.array(value) for name, value in loaded.items()}
-    else:
-        state = _read_torch(path)
+    saved = _read_safetensors(path) if head[8:] == b"{" else _read_torch(path)
+    found: list[StateDict] = []
+    _collect(saved, (), found)
+    if not found:
+        raise CheckpointError(_no_tensors(saved))
+    return sorted(found, key=lambda state: _rank(state.keys))
 
-    state = unwrap(state)
-    if not isinstance(state, dict) or not state:
-        raise CheckpointError(f"holds no named tensors; {_SAVE_AGAIN}")
-    others = [name for name, value in state.items() if not isinstance(value, np.ndarray)]
-    if others:
-        raise CheckpointError(f"{_names(others)} must be tensors and are not; {_SAVE_AGAIN}")
-    unnamed = [name for name in state if not isinstance(name, str)]
-    if unnamed:
-        raise CheckpointError(f"{_names(unnamed)} must be strings to name tensors; {_SAVE_AGAIN}")
-    return state
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        loaded = safetensors.numpy.load_file(path)
+    except (KeyError, AttributeError, TypeError, safetensors.SafetensorError) as error:
+        if kinds := sorted(set(re.findall(r"F8_\w+|F4\w*|F6_\w+", f"{error} {_header(path)}"))):
+            raise CheckpointError(_TOO_NARROW.format(", ".join(kinds))) from None
+        raise
+    # The loader's arrays are views of its read buffer.
+    return {name: np.array(value) for name, value in loaded.items()}
+
+
+def _header(path: Path) -> str:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return file.read(min(length, 2**20)).decode(errors="replace")
+
+
+def _collect(saved: Any, keys: tuple[str, ...], found: list[StateDict]) -> None:
+    """Adds the state dicts at and below an object; nothing in a state dict is one."""
+    if isinstance(saved, list | tuple) and len(keys) < _DEPTH:
+        saved = {str(at): value for at, value in enumerate(saved[:8])}
+    if not isinstance(saved, dict):
+        return
+    tensors = {name: value for name, value in saved.items() if isinstance(value, np.ndarray)}
+    # A few tensors beside other things are a loss or a random state, not weights.
+    if len(tensors) > len(saved) / 2 or (tensors and not any(map(_holds_more, saved.values()))):
+        others = [name for name, value in saved.items() if name not in tensors]
+        if others:
+            kinds = sorted({repr(saved[n]) for n in others if isinstance(saved[n], Opaque)})
+            what = f" (one is {_short(kinds[0])[1:-1]})" if kinds else ""
+            raise CheckpointError(
+                f"{_names(others)} must be tensors and are not{what}; {_SAVE_AGAIN}"
+            )
+        unnamed = [name for name in saved if not isinstance(name, str)]
+        if unnamed:
+            raise CheckpointError(
+                f"{_names(unnamed)} must be strings to name tensors; {_SAVE_AGAIN}"
+            )
+        tensors.pop(_COUNTER, None)
+        if tensors:
+            found.append(StateDict(keys, tensors))
+        return
+    if len(keys) < _DEPTH:
+        for key, value in saved.items():
+            # An optimizer's tensors are its own.
+            if isinstance(key, str) and not key.startswith("optim"):
+                _collect(value, (*keys, key), found)
+
+
+def _holds_more(value: Any) -> bool:
+    return isinstance(value, dict | list | tuple)
+
+
+def _rank(keys: tuple[str, ...]) -> int:
+    return _WRAPPERS.index(keys[0]) if keys and keys[0] in _WRAPPERS else len(_WRAPPERS)
+
+
+def _objects(saved: Any, depth: int) -> Iterator[str]:
+    """Yields what the objects at and below one would have been."""
+    if isinstance(saved, Opaque):
+        yield saved.name
+    elif isinstance(saved, dict) and depth:
+        for value in saved.values():
+            yield from _objects(value, depth - 1)
+
+
+def _no_tensors(saved: Any) -> str:
+    """Returns what is wrong with an object without a state dict."""
+    objects = list(_objects(saved, _DEPTH))
+    if narrow := [name for name in objects if name.startswith("torch.float8")]:
+        raise CheckpointError(_TOO_NARROW.format(narrow[0]))
+    if objects:
+        return (
+            f"holds no named tensors, but {_short(objects[0])}, which is no part of a state dict "
+            f"and is not loaded; {_SAVE_AGAIN}"
+        )
+    if isinstance(saved, dict) and saved and not any(map(_holds_more, saved.values())):
+        return f"{_names(list(saved))} must be tensors and are not; {_SAVE_AGAIN}"
+    return f"holds no named tensors; {_SAVE_AGAIN}"
 
 
 def _names(names: list[Any]) -> str:
@@ -177,11 +282,19 @@ def _short(name: Any) -> str:
 
 def _read_torch(path: Path) -> Any:
     with path.open("rb") as file:
-        head = file.read(4)
-    if head == b"PK\x03\x04":
+        head = file.read(512)
+    if not head:
+        raise CheckpointError(f"is empty; {_COPY_AGAIN}")
+    if head[:4] == b"PK\x03\x04":
         return _read_zip(path)
     if head[:1] == pickle.PROTO:
         return _read_stream(path.read_bytes())
+    for beginning, words in _OTHER_KINDS:
+        if head.lstrip().startswith(beginning):
+            raise CheckpointError(words)
+    at, magic = _TAR_MAGIC
+    if head[at : at + len(magic)] == magic:
+        raise CheckpointError("is a tar archive; unpack it first")
     raise CheckpointError(f"is not a file of torch.save; {_SAVE_AGAIN}")
 
 
@@ -193,6 +306,11 @@ def _read_zip(path: Path) -> Any:
         members = {entry.filename: entry for entry in entries}
         if len(members) != len(entries):
             raise CheckpointError(f"is a zip archive with a name twice; {_SAVE_AGAIN}")
+        if any(re.fullmatch(r"[^/]+/(code/.*|constants\.pkl)", name) for name in members):
+            raise CheckpointError(
+                "is a TorchScript archive, a program with its weights, which is not run; load it "
+                "with torch.jit.load(PATH) and torch.save(module.state_dict(), OTHER_PATH)"
+            )
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise CheckpointError(
                 f"is a compressed zip archive, torch.save's are not; {_SAVE_AGAIN}"
@@ -202,7 +320,11 @@ def _read_zip(path: Path) -> Any:
             raise CheckpointError(f"is a zip archive with members larger than it; {_COPY_AGAIN}")
         pickles = [name for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if len(pickles) != 1:
-            raise CheckpointError(f"is a zip archive, but not one of torch.save; {_SAVE_AGAIN}")
+            inside = [name for name in members if name.endswith((".pth", ".pt", ".ckpt"))]
+            held = f" (it holds {_short(inside[0])}: unpack it)" if inside else ""
+            raise CheckpointError(
+                f"is a zip archive, but not one of torch.save{held}; {_SAVE_AGAIN}"
+            )
         root = pickles[0].removesuffix("data.pkl")
 
         machine = _PickleMachine(file_size)
@@ -308,6 +430,9 @@ class _PickleMachine:
             _Global("torch._utils", "_rebuild_tensor"): self._rebuild_tensor,
             _Global("torch._utils", "_rebuild_tensor_v2"): self._rebuild_tensor_v2,
             _Global("torch._utils", "_rebuild_parameter"): self._rebuild_parameter,
+            _Global("torch._utils", "_rebuild_parameter_with_state"): self._rebuild_parameter,
+            _Global("torch._tensor", "_rebuild_from_type_v2"): self._rebuild_from_type,
+            _Global("collections", "defaultdict"): _default_dict,
         }
 
     def load(self, data: bytes, position: int) -> tuple[Any, int]:
@@ -358,6 +483,8 @@ class _PickleMachine:
                     stack.append(number("<H"))
                 case pickle.BININT:
                     stack.append(number("<i"))
+                case pickle.LONG4:
+                    stack.append(int.from_bytes(take(number("<i")), "little", signed=True))
                 case pickle.LONG1:
                     stack.append(int.from_bytes(take(number("<B")), "little", signed=True))
                 case pickle.BINFLOAT:
@@ -370,6 +497,12 @@ class _PickleMachine:
                     stack.append(take(number("<B")).decode())
                 case pickle.BINSTRING:
                     stack.append(take(number("<i")).decode())
+                case pickle.BINUNICODE8:
+                    stack.append(take(number("<Q")).decode())
+                case pickle.BINBYTES8:
+                    stack.append(take(number("<Q")))
+                case pickle.BYTEARRAY8:
+                    stack.append(take(number("<Q")))
                 case pickle.SHORT_BINBYTES:
                     stack.append(take(number("<B")))
                 case pickle.BINBYTES:
@@ -401,6 +534,20 @@ class _PickleMachine:
                     items = pop_mark()
                     _set_items(stack[-1], list(zip(items[::2], items[1::2], strict=True)))
 
+                case pickle.EMPTY_SET:
+                    stack.append(Opaque("set"))
+                case pickle.ADDITEMS:
+                    pop_mark()
+                    if not isinstance(stack[-1], Opaque):
+                        raise TypeError("items added to something that is no set")
+                case pickle.FROZENSET:
+                    pop_mark()
+                    stack.append(Opaque("frozenset"))
+                case pickle.POP:
+                    stack.pop()
+                case pickle.POP_MARK:
+                    pop_mark()
+
                 case pickle.BINPUT:
                     memo[number("<B")] = stack[-1]
                 case pickle.LONG_BINPUT:
@@ -421,7 +568,13 @@ class _PickleMachine:
                     arguments, function = stack.pop(), stack.pop()
                     if not isinstance(function, _Global) or not isinstance(arguments, tuple):
                         raise TypeError("call of something that is no function")
-                    stack.append(self._functions[function](*arguments))
+                    stack.append(self._call(function, arguments))
+                case pickle.NEWOBJ:
+                    _, made = stack.pop(), stack.pop()
+                    stack.append(_instance(made))
+                case pickle.NEWOBJ_EX:
+                    _, _, made = stack.pop(), stack.pop(), stack.pop()
+                    stack.append(_instance(made))
                 case pickle.BUILD:
                     stack.pop()  # attributes, such as the _metadata of a state dict
                 case pickle.BINPERSID:
@@ -448,17 +601,26 @@ class _PickleMachine:
     def _known(self, module: Any, name: Any) -> _Global:
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError("global without a name")
-        known = _Global(module, name)
-        if known not in self._functions and not (module == "torch" and name in _STORAGES):
-            raise CheckpointError(
-                f"holds {_short(f'{module}.{name}')}, which is no part of a state dict and is not "
-                f"loaded; {_SAVE_AGAIN}"
-            )
-        return known
+        return _Global(module, name)
 
-    def _storage(self, reference: Any) -> _Storage:
-        """Follows ("storage", type, key, device, elements[, view]), the reference to a storage."""
-        kind, storage_type, key, _, count, *views = reference
+    def _call(self, function: _Global, arguments: tuple[Any, ...]) -> Any:
+        """Returns what the few known functions make, and an `Opaque` in place of all others."""
+        if function in self._functions:
+            return self._functions[function](*arguments)
+        # The float of 8 bits that a tensor is of says more than the function that would build it.
+        kinds = [f"{a.module}.{a.name}" for a in arguments if isinstance(a, _Global)]
+        narrow = next((kind for kind in kinds if kind.startswith("torch.float8")), None)
+        return Opaque(narrow or f"{function.module}.{function.name}")
+
+    def _storage(self, reference: Any) -> "_Storage | Opaque | _Global":
+        """Follows ("storage", type, key, device, elements[, view]), the reference to a storage.
+
+        Those of types that no weights have are passed over.
+        """
+        kind, storage_type, *more = reference
+        if kind == "module" and isinstance(storage_type, _Global):
+            return storage_type  # A class; the stream keeps its source code beside it.
+        key, _, count, *views = more
         if (
             kind != "storage"
             or not isinstance(storage_type, _Global)
@@ -466,7 +628,11 @@ class _PickleMachine:
             or not _counts(count)
         ):
             raise TypeError("reference to something that is no storage")
-        dtype = _STORAGES[storage_type.name]
+        dtype = _STORAGES.get(storage_type.name)
+        if dtype is None:
+            if width := _OTHER_STORAGES.get(storage_type.name):
+                self.storages[key] = (count, count * width)
+            return Opaque(f"{storage_type.module}.{storage_type.name}")
         claimed = (count, count * dtype.itemsize)
         if claimed[1] > self._file_size:
             raise CheckpointError(
@@ -484,8 +650,10 @@ class _PickleMachine:
 
     def _rebuild_tensor(
         self, storage: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
-    ) -> np.ndarray:
+    ) -> np.ndarray | Opaque:
         """Returns an empty array of `shape` and notes where its elements will be."""
+        if isinstance(storage, Opaque):
+            return storage
         if not isinstance(storage, _Storage):
             raise TypeError("tensor without a storage")
         if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) > _AXES:
@@ -522,7 +690,7 @@ class _PickleMachine:
         requires_grad: bool,
         hooks: Any,
         metadata: Any = None,
-    ) -> np.ndarray:
+    ) -> np.ndarray | Opaque:
         del requires_grad, hooks
         if metadata:  # conjugate or negative bit: the stored elements are not the values
             raise CheckpointError(
@@ -530,9 +698,18 @@ class _PickleMachine:
             )
         return self._rebuild_tensor(storage, offset, shape, strides)
 
-    def _rebuild_parameter(self, data: Any, requires_grad: bool, hooks: Any) -> Any:
-        del requires_grad, hooks
+    def _rebuild_parameter(
+        self, data: Any, requires_grad: bool, hooks: Any, state: Any = None
+    ) -> Any:
+        del requires_grad, hooks, state
         return data
+
+    def _rebuild_from_type(self, function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+        """Returns the tensor in one of a class of its own."""
+        del kind, state
+        if not isinstance(function, _Global) or not isinstance(arguments, tuple):
+            raise TypeError("tensor of a class that says not how it is built")
+        return self._call(function, arguments)
 
     def _current_name(self) -> str:
         """The last string on the stack, which in a state dict is the name of the tensor."""
@@ -559,18 +736,37 @@ def _ordered_dict(items: Any = None) -> OrderedDict[Any, Any]:
     return result
 
 
+def _default_dict(factory: Any = None, items: Any = None) -> dict[Any, Any]:
+    """A dict; what would make its missing values is not called."""
+    del factory
+    if not isinstance(items, dict | None):
+        raise TypeError("defaultdict of something that is no dict")
+    return dict(items or {})
+
+
+def _instance(made: Any) -> Any:
+    """What `cls.__new__` would return: an OrderedDict is a dict, all others are opaque."""
+    if not isinstance(made, _Global):
+        raise TypeError("instance of something that is no class")
+    if made == _Global("collections", "OrderedDict"):
+        return OrderedDict()
+    return Opaque(f"{made.module}.{made.name}")
+
+
 def _set_items(target: Any, items: Any) -> None:
+    if isinstance(target, Opaque):
+        return
     if not isinstance(target, dict):
         raise TypeError("item set on something that is no dict")
     for key, value in items:
         # Hashing nested tuples can take for ever, or overflow the C stack.
-        if not isinstance(key, str | int | float | bytes | None):
-            kind = type(key).__name__
-            raise CheckpointError(f"holds a dict key of type {kind}; {_SAVE_AGAIN}")
-        target[key] = value
+        if isinstance(key, str | int | float | bytes | None):
+            target[key] = value
 
 
 def _append(target: Any, items: list[Any]) -> None:
+    if isinstance(target, Opaque):
+        return
     if not isinstance(target, list):
         raise TypeError("append to something that is no list")
     target.extend(items)

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib.util
 import io
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
+from fetal_flax._util.cache_folder import cache_folder
 from fetal_flax._util.locks import locked
 from fetal_flax._util.machine import (
     MISSING_GUARD,
@@ -102,7 +104,7 @@ def open_dataset(config: DataConfig, seed: int) -> Dataset:
             "data sets are kept in ArrayRecord files, and there is no array-record for this "
             "system: use Linux or macOS, on Windows WSL"
         )
-    cache = Path(config.cache_dir).expanduser()
+    cache = cache_folder(config.cache_dir)
     if config.dataset == "fetal_phantom":
         height, width = config.phantom_size
         folder = cache / "datasets" / f"phantom-{height}x{width}-{config.phantom_count}-{seed}"
@@ -110,7 +112,9 @@ def open_dataset(config: DataConfig, seed: int) -> Dataset:
             FetalPhantom, count=config.phantom_count, size=config.phantom_size, seed=seed
         )
     else:
-        source = Path(config.data_dir).expanduser() if config.data_dir else hc18.download(cache)
+        source = (
+            Path(os.path.expanduser(config.data_dir)) if config.data_dir else hc18.download(cache)
+        )
         # Another folder, or the same after a change, is another dataset.
         folder = cache / "datasets" / f"hc18-{hc18.fingerprint(source)}"
         builder = functools.partial(Hc18, source=source)
@@ -140,4 +144,7 @@ def _prepare(make_builder: Callable[[], tfds.core.DatasetBuilder], folder: Path)
             f"the workers that make the phantoms ended early: {MISSING_GUARD}"
         ) from None
     except OSError as error:
-        raise InputError(f"can't write the prepared dataset to {folder}: {error}") from None
+        raise InputError(
+            f"can't write the prepared dataset to {folder} ({error}): choose another folder as "
+            "--data.cache-dir"
+        ) from None

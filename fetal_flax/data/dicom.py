@@ -4,6 +4,7 @@ Needs pydicom, the extra `dicom`. Which attributes say what: DICOM PS3.3, C.8.5.
 regions), C.7.6.3 (pixels), C.11.2 (windows).
 """
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from fetal_flax.data.images import check_size
-from fetal_flax.errors import InputError
+from fetal_flax.data.hc18.measurements import MOST_MM
+from fetal_flax.data.images import check_size, significant_bits
+from fetal_flax.errors import InputError, printable
 
 SUFFIXES = (".dcm", ".dicom")
 """Usual endings; DICOM files often have none, so `is_dicom` looks inside."""
@@ -22,6 +24,20 @@ _MAGIC_OFFSET, _MAGIC = 128, b"DICM"
 _SPATIAL_2D, _CENTIMETRES, _TISSUE = 1, 3, 1  # RegionSpatialFormat, PhysicalUnits, RegionDataType
 _MM_PER_CM = 10
 _SQUARE = 1e-3  # Relative difference of the two sides that is taken as rounding.
+_GIVE_SIZE = "give the size as --pixel-size or --pixel-size-csv"
+
+
+class NoImageError(InputError):
+    """A DICOM file that is intact and holds no image: a directory, a report, a measurement.
+
+    Args:
+        path: The file.
+        kind: What it is, in plain words.
+    """
+
+    def __init__(self, path: Path, kind: str):
+        super().__init__(f"{path} holds no image: it is a {kind}")
+        self.kind = kind
 
 
 def is_dicom(path: Path) -> bool:
@@ -36,30 +52,51 @@ def is_dicom(path: Path) -> bool:
 
 
 class DicomFile:
-    """A DICOM file with one or more frames.
+    """A DICOM file with one or more frames; also one without the preamble, as old scanners write.
 
     Args:
         path: The file.
 
     Raises:
-        InputError: pydicom isn't installed, or the file can't be read or holds no image.
+        NoImageError: The file holds something else than an image.
+        InputError: pydicom isn't installed, or the file can't be read.
     """
 
     def __init__(self, path: Path):
         self._path = path
         pydicom = _pydicom()
         try:
-            self._dataset: Any = pydicom.dcmread(path)
+            self._dataset: Any = pydicom.dcmread(path, force=not is_dicom(path))
+            meta = self._dataset.file_meta
+            if "TransferSyntaxUID" not in meta:
+                meta.TransferSyntaxUID = _guessed_syntax(self._dataset)
+        except Exception as error:  # pydicom lets many kinds through.
+            why = _in_one_line(error)
+            raise InputError(f"{path} is no DICOM image that can be read: {why}") from None
+        if "Rows" not in self._dataset and "PixelData" not in self._dataset:
+            if not is_dicom(path) and "SOPClassUID" not in self._dataset:
+                raise InputError(f"{path} is no DICOM image that can be read: it is no DICOM file")
+            raise NoImageError(path, self._kind())
+        try:
             rows, columns = int(self._dataset.Rows), int(self._dataset.Columns)
             # A value of None stands for an attribute that is there and empty.
             self.frame_count = int(self._dataset.get("NumberOfFrames") or 1)
-        except Exception as error:  # pydicom lets many kinds through.
+        except Exception as error:
             why = _in_one_line(error)
             raise InputError(f"{path} is no DICOM image that can be read: {why}") from None
         try:
             check_size(rows, columns)
         except InputError as error:
             raise InputError(f"{path} {error}") from None
+
+    def _kind(self) -> str:
+        """Returns what a file without an image is, in plain words."""
+        meta = self._dataset.file_meta
+        uid = meta.get("MediaStorageSOPClassUID") or self._dataset.get("SOPClassUID")
+        name = str(getattr(uid, "name", ""))
+        if "Directory" in name:
+            return "DICOM directory file"
+        return f"DICOM {'structured report' if 'SR' in name.split() else 'file without an image'}"
 
     def frames(self) -> Iterator[UInt8[np.ndarray, "height width"]]:
         """Decodes one frame after another, as grey images.
@@ -73,7 +110,10 @@ class DicomFile:
                 yield self._to_gray(pixels, frame)
         except Exception as error:
             why = _in_one_line(error)
-            raise InputError(f"{self._path} has pixels that can't be decoded: {why}") from None
+            raise InputError(
+                f"{self._path} has pixels that can't be decoded ({why}): export it again, "
+                "uncompressed or as PNG"
+            ) from None
 
     @property
     def pixel_size_mm(self) -> float | None:
@@ -82,12 +122,25 @@ class DicomFile:
         None where the file has neither.
 
         Raises:
-            InputError: Pixels aren't square, or regions differ in size.
+            InputError: A size can't be read or isn't positive and finite, pixels aren't square, or
+                regions differ in size.
         """
-        sizes = {size for region in self._tissue_regions() if (size := _region_size(region))}
-        spacing = self._dataset.get("PixelSpacing")
-        if not sizes and spacing:
-            sizes = {(float(spacing[1]), float(spacing[0]))}
+        try:
+            sizes = {size for region in self._tissue_regions() if (size := _region_size(region))}
+            if not sizes and (spacing := self._dataset.get("PixelSpacing")):
+                height, width = map(float, spacing)
+                sizes = {(width, height)}
+        except Exception:  # As many kinds as there are ways to write no number.
+            raise InputError(
+                f"{self._path} has a pixel size that can't be read, since it is not two numbers of "
+                f"millimetres: {_GIVE_SIZE}"
+            ) from None
+        for side in (side for size in sizes for side in size):
+            if not 0 < side < MOST_MM:
+                raise InputError(
+                    f"{self._path} has {side:g} mm as the size of its pixels, not a positive "
+                    f"number below {MOST_MM}: {_GIVE_SIZE}"
+                )
         if len(sizes) > 1:
             raise InputError(
                 f"{self._path} has regions of different pixel sizes: crop it to one, or give the "
@@ -113,9 +166,14 @@ class DicomFile:
         if dataset.PhotometricInterpretation == "PALETTE COLOR":
             frame = pixels.apply_color_lut(frame, dataset)
         if frame.ndim == 3:
-            return cv2.cvtColor(_to_bytes(frame, 0, np.iinfo(frame.dtype).max), cv2.COLOR_RGB2GRAY)
-        lowest = -(2 ** (dataset.BitsStored - 1)) if dataset.PixelRepresentation else 0
-        limits = np.array([lowest, lowest + 2**dataset.BitsStored - 1])
+            most = 2 ** significant_bits(frame) - 1
+            return cv2.cvtColor(_to_bytes(frame, 0, most), cv2.COLOR_RGB2GRAY)
+        bits = dataset.BitsStored
+        lowest = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
+        # A window or a table says what is shown, else the values themselves do.
+        if lowest == 0 and not (dataset.get("WindowCenter") or dataset.get("VOILUTSequence")):
+            bits = min(bits, significant_bits(frame))
+        limits = np.array([lowest, lowest + 2**bits - 1])
         low, high = pixels.apply_modality_lut(limits, dataset)
         shown = pixels.apply_voi_lut(pixels.apply_modality_lut(frame, dataset), dataset)
         gray = _to_bytes(shown, low, high)
@@ -134,12 +192,23 @@ def _region_size(region: Any) -> tuple[float, float] | None:
     deltas = (region.get("PhysicalDeltaX"), region.get("PhysicalDeltaY"))
     if units != (_CENTIMETRES, _CENTIMETRES) or None in deltas or 0 in deltas:
         return None
+    # A direction may be counted down; a list is no number, and raises.
     width, height = (abs(float(delta)) * _MM_PER_CM for delta in deltas)
     return width, height
 
 
+def _guessed_syntax(dataset: Any) -> Any:
+    """Returns the transfer syntax of uncompressed pixels, for a file that names none."""
+    from pydicom import uid
+
+    implicit, little = dataset.original_encoding
+    if implicit:
+        return uid.ImplicitVRLittleEndian
+    return uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+
+
 def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))
 
 
 def _pydicom() -> Any:
@@ -155,4 +224,6 @@ def _pydicom() -> Any:
         raise InputError(
             "DICOM files need pydicom: install it with pip install 'fetal_flax[dicom]'"
         ) from None
+    # What matters of odd values is checked where it is used. Anew each time: filters come and go.
+    warnings.filterwarnings("ignore", module="pydicom")
     return pydicom

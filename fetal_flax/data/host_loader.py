@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import dataclasses
+import errno
 import itertools
 import weakref
 from collections.abc import Generator, Iterable, Sequence
@@ -20,6 +21,7 @@ from fetal_flax.data.batch import Batch
 from fetal_flax.data.datasets import Dataset
 from fetal_flax.data.images import network_mask, resize_image
 from fetal_flax.data.order import TrainingOrder, shard_rows
+from fetal_flax.errors import RunError
 
 
 class WorkerDiedError(Exception):
@@ -214,6 +216,15 @@ def _closing(iterator: Any) -> Generator[Batch, None, None]:
         if "terminated unexpectedly" not in str(error):
             raise
         raise WorkerDiedError(str(error)) from error
+    except OSError as error:
+        # Workers hand batches over in shared memory; records come from ArrayRecord, which raises
+        # no OSError.
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+            raise
+        raise RunError(
+            f"the data workers' shared memory, /dev/shm, is full ({error.strerror}): give it more "
+            "(docker run --shm-size 1g), or go on with --resume --data.workers 0"
+        ) from None
     finally:
         iterator.close()
 

@@ -15,16 +15,25 @@ from fetal_flax.errors import InputError
 
 MAX_PIXELS = 2**25
 """A file that claims more pixels than this, four 4K frames, is refused before it is decoded."""
-_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
-_NO_IMAGE = "is not an image that can be read: expected PNG, JPEG, BMP or TIFF"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+"""Endings of the files that `read_gray` reads, in lower case."""
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
+_EXPECTED = "expected PNG, JPEG, BMP, TIFF, WebP or GIF"
+_NO_IMAGE = f"is not an image that can be read: {_EXPECTED}"
+_DEPTHS = (8, 10, 12, 14)
+"""Bits of devices whose values lie in 16 bits."""
+_ORIENTATION = 0x0112  # Of EXIF: how to turn the stored pixels for display.
+_UPRIGHT = 1
+# Text that a PNG with an orientation holds; its EXIF may stand behind the pixels.
+_PNG_MARKS = (b"eXIf", b"Raw profile type", b"Orientation")
 
 
 def read_gray(path: Path | str) -> UInt8[np.ndarray, "height width"]:
-    """Reads a PNG, JPEG, BMP or TIFF file as a grey image.
+    """Reads a PNG, JPEG, BMP, TIFF, WebP or GIF file as a grey image, as a viewer shows it.
 
     Args:
-        path: The file. 16-bit images are scaled down to 8 bits, colour is reduced to luma and
-            an alpha channel is dropped.
+        path: The file. An orientation in its EXIF is applied, 16-bit images are scaled down to 8
+            bits (by `significant_bits`), colour is reduced to luma and an alpha channel is dropped.
 
     Raises:
         InputError: The file is missing, is a directory, can't be read, isn't an image, holds more
@@ -37,10 +46,15 @@ def read_gray(path: Path | str) -> UInt8[np.ndarray, "height width"]:
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror or error}") from None
     try:
-        _check_header(data)
-        return decode_gray(data)
+        kind, orientation = _check_header(data)
+        if kind == "GIF":  # Whether OpenCV reads it depends on how it was built.
+            with PIL.Image.open(io.BytesIO(data), formats=[kind]) as image:
+                return _luma(np.asarray(image.convert("RGB"))[..., ::-1])
+        return _upright(decode_gray(data), orientation)
     except InputError as error:
         raise InputError(f"{path} {error}") from None
+    except (OSError, ValueError, SyntaxError):  # Pillow, of a GIF's pixels.
+        raise InputError(f"{path} {_NO_IMAGE}") from None
 
 
 def check_is_file(path: Path) -> None:
@@ -68,7 +82,7 @@ def check_size(height: int, width: int) -> None:
 
 
 def decode_gray(data: bytes) -> UInt8[np.ndarray, "height width"]:
-    """Decodes the bytes of an image file as `read_gray` does.
+    """Decodes the bytes of an image file as `read_gray` does, without turning it.
 
     Raises:
         InputError: The bytes are no image; the message is to follow the file's name.
@@ -80,10 +94,20 @@ def decode_gray(data: bytes) -> UInt8[np.ndarray, "height width"]:
     if image is None:
         raise InputError(_NO_IMAGE)
     if image.dtype == np.uint16:
-        image = (image // 257).astype(np.uint8)  # 65535 is 255 * 257.
+        image = _to_8_bits(image)
     if image.dtype != np.uint8:
         raise InputError(f"holds {image.dtype} pixels: expected 8 or 16 bits per channel")
     return _luma(image)
+
+
+def significant_bits(values: np.ndarray) -> int:
+    """Returns how many bits a device took for values that are stored in 16.
+
+    Scanners write 8, 10, 12 or 14 bits into files of 16, whose full scale would leave the image
+    black: the least of these that holds the largest value, else 16.
+    """
+    largest = int(values.max(initial=0))
+    return next((bits for bits in _DEPTHS if largest < 2**bits), 16)
 
 
 def encode_png(image: UInt8[np.ndarray, "height width"]) -> bytes:
@@ -129,24 +153,62 @@ def network_mask(
     return (resize_mask(mask, size) > 0).astype(np.uint8)
 
 
-def _check_header(data: bytes) -> None:
-    """Refuses files that would decode to something huge, and those that hold several images."""
+def _check_header(data: bytes) -> tuple[str, int]:
+    """Refuses files that would decode to something huge, and those that hold several images.
+
+    Returns:
+        The format, and the EXIF orientation that is still to be applied.
+    """
     if not data:
-        raise InputError("is empty: expected a PNG, JPEG, BMP or TIFF image")
-    width, height, images = 0, 0, 1
+        raise InputError(f"is empty: {_EXPECTED}")
+    width, height, images, orientation = 0, 0, 1, _UPRIGHT
+    kind = ""
     try:
-        # Reads the header and decodes nothing.
+        # Reads the header and decodes nothing, but a PNG that may have an orientation.
         with PIL.Image.open(io.BytesIO(data), formats=_FORMATS) as header:
             width, height = header.size
-            if header.format in ("PNG", "TIFF"):
+            kind = header.format or ""
+            check_size(height, width)
+            if kind not in ("JPEG", "MPO", "BMP"):
                 images = getattr(header, "n_frames", 1)
+            # OpenCV turns a TIFF itself.
+            if kind != "TIFF" and (kind != "PNG" or any(mark in data for mark in _PNG_MARKS)):
+                orientation = header.getexif().get(_ORIENTATION, _UPRIGHT)
+    except InputError:
+        raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         check_size(MAX_PIXELS, MAX_PIXELS)
     except Exception:  # Pillow's parsers let many kinds through.
         raise InputError(_NO_IMAGE) from None
-    check_size(height, width)
     if images > 1:
         raise InputError(f"holds {images} images: save each as a file of its own")
+    return kind, orientation
+
+
+def _upright(
+    image: UInt8[np.ndarray, "height width"], orientation: int
+) -> UInt8[np.ndarray, "shown_height shown_width"]:
+    """Returns stored pixels as EXIF's orientation wants them shown; an unknown one is none."""
+    quarter_turns, mirrored = {
+        2: (0, True),
+        3: (2, False),
+        4: (2, True),
+        5: (1, True),
+        6: (-1, False),
+        7: (-1, True),
+        8: (1, False),
+    }.get(orientation, (0, False))
+    turned = np.rot90(image[:, ::-1] if mirrored else image, quarter_turns)
+    return np.ascontiguousarray(turned)
+
+
+def _to_8_bits(image: np.ndarray) -> np.ndarray:
+    """Returns a 16-bit image in 8, by the bits that it uses."""
+    bits = significant_bits(image)
+    if bits == 16:
+        return (image // 257).astype(np.uint8)  # 65535 is 255 * 257.
+    full = 2**bits - 1
+    return ((image.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
 
 
 def _luma(image: np.ndarray) -> UInt8[np.ndarray, "height width"]:

@@ -1,15 +1,17 @@
 """`fetal-flax evaluate`: a network's masks against annotated ones, at native size."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from fetal_flax._util.console import track
+from fetal_flax._util.files import csv_bytes, growing_csv
 from fetal_flax._util.pipeline import map_in_threads
 from fetal_flax.checkpoints import Checkpoint, Description, load_checkpoint, locate, shipped
 from fetal_flax.config import DataConfig, TestTimeAugmentation, from_dict, to_dict
-from fetal_flax.data import splits
+from fetal_flax.data import hc18, splits
 from fetal_flax.data.datasets import Dataset, Record, open_dataset
 from fetal_flax.data.images import read_gray
 from fetal_flax.errors import InputError
@@ -22,7 +24,15 @@ from fetal_flax.measurement.overlap import segmentation_metrics
 from fetal_flax.measurement.surface import surface_distances
 from fetal_flax.reporting import pictures
 from fetal_flax.reporting.html import WORST_CASES, WorstCase, write_report
-from fetal_flax.reporting.tables import Row, summarize, write_mask, write_metrics
+from fetal_flax.reporting.tables import (
+    PER_IMAGE,
+    Row,
+    cells,
+    header,
+    summarize,
+    write_mask,
+    write_metrics,
+)
 
 SplitName = Literal["train", "validation", "all"]
 
@@ -55,6 +65,7 @@ def evaluate(
     output: Path | str | None = None,
     split: SplitName = "all",
     tta: TestTimeAugmentation = "none",
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Segments annotated images and measures how well ellipses, masks and circumferences match.
 
@@ -71,6 +82,8 @@ def evaluate(
         split: Which side of the training run's own split; `all` includes the images that the
             network was trained with, where the run had them.
         tta: `flip` averages the probabilities with those of the mirror image.
+        workers: Threads for each of reading, measuring and writing; None takes one for each
+            processor, at most 16.
 
     Returns:
         What `metrics.json` holds: `n`; of each metric `mean`, `std`, `median` and `ci95`, such as
@@ -87,7 +100,7 @@ def evaluate(
         >>> metrics["n"], metrics["dice"]["mean"] > 0.98, metrics["run"]["missed"]
         (2, True, [])
     """
-    measured = measure(checkpoint, data_dir, output=output, split=split, tta=tta)
+    measured = measure(checkpoint, data_dir, output=output, split=split, tta=tta, workers=workers)
     if output is None:
         return summarize(measured.rows, run=measured.run)
     curves = [] if isinstance(checkpoint, Checkpoint) else [locate(checkpoint) / "curves.png"]
@@ -101,6 +114,7 @@ def measure(
     output: Path | str | None = None,
     split: SplitName = "all",
     tta: TestTimeAugmentation = "none",
+    workers: int | None = None,
 ) -> Measured:
     """Writes the masks and returns the rest: `evaluate` without the summary.
 
@@ -117,18 +131,28 @@ def measure(
     dataset = open_dataset(data, seed)
     indices = range(len(dataset)) if folder is None else _indices(folder, dataset, split)
 
+    contradictions: list[str] = []
+
     def compare(pair: tuple[Record, Measurement]) -> tuple[Row, Head | None]:
         record, measurement = pair
+        if data.dataset == "hc18" and (
+            wrong := hc18.contradiction(
+                record.mask > 0, record.pixel_size_mm, record.head_circumference_mm
+            )
+        ):
+            contradictions.append(f"{record.name} {wrong}")
         if output is not None:
             write_mask(Path(output) / "masks" / f"{record.name}.png", measurement.mask)
         return _row(record, measurement), measurement.head
 
-    measured = Segmenter(loaded, tta=tta).measure_each(
-        map_in_threads(dataset.record, track(indices, "Evaluating")),
+    measured = Segmenter(loaded, tta=tta, workers=workers).measure_each(
+        map_in_threads(dataset.record, track(indices, "Evaluating"), workers),
         lambda record: record.image,
         lambda record: record.pixel_size_mm,
     )
-    compared = list(map_in_threads(compare, measured))
+    compared = list(_kept(map_in_threads(compare, measured, workers), output))
+    if contradictions:
+        hc18.warn_of_contradictions(data.data_dir, sorted(contradictions))
     settings = {
         "checkpoint": name,
         "epoch": _epoch(description),
@@ -142,6 +166,26 @@ def measure(
     }
     rows, heads = [row for row, _ in compared], [head for _, head in compared]
     return Measured(dataset, indices, rows, heads, settings)
+
+
+def _kept(
+    compared: Iterable[tuple[Row, Head | None]], output: Path | str | None
+) -> Iterator[tuple[Row, Head | None]]:
+    """Yields what was compared, each row in `per_image.csv` by then, whatever comes next."""
+    if output is None:
+        yield from compared
+        return
+    for stale in ("metrics.json", "report.html"):
+        with contextlib.suppress(OSError):  # What can't be written is said when it is written.
+            (Path(output) / stale).unlink()
+    with contextlib.ExitStack() as stack:
+        table, columns = None, []
+        for row, head in compared:
+            if table is None:
+                columns = header(row)
+                table = stack.enter_context(growing_csv(Path(output) / PER_IMAGE, columns))
+            table.add(csv_bytes([cells(row, columns)]))
+            yield row, head
 
 
 def write_results(
@@ -250,7 +294,12 @@ def _data_settings(
 def _indices(folder: Path, dataset: Dataset, split: SplitName) -> Sequence[int]:
     if split == "all":
         return range(len(dataset))
-    sides = splits.read_manifest(folder / shipped.SPLIT, dataset.names)
+    try:
+        sides = splits.read_manifest(folder / shipped.SPLIT, dataset.names)
+    except InputError as error:
+        raise InputError(
+            f"{error}: take --split all, or give the data that it was made from as --data-dir"
+        ) from None
     return sides.train if split == "train" else sides.validation
 
 

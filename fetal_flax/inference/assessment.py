@@ -103,7 +103,8 @@ def assess(
     """
     mask = native_mask(logits, shape)
     head = measure_head(mask, outline_px=outline_px)
-    return Measurement(mask, head, judge(logits, head), logits, pixel_size_mm, views)
+    quality = judge(logits, head, pixel_size_mm=pixel_size_mm)
+    return Measurement(mask, head, quality, logits, pixel_size_mm, views)
 
 
 def mean_logits(views: Views) -> NetworkLogits:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, UInt8
 
 from fetal_flax._util.pipeline import begin_ahead, map_in_threads
 from fetal_flax.checkpoints import Checkpoint, load_checkpoint
-from fetal_flax.config import TestTimeAugmentation
+from fetal_flax.config import ModelConfig, TestTimeAugmentation
 from fetal_flax.data.images import resize_image
 from fetal_flax.errors import InputError
 from fetal_flax.inference.assessment import (
@@ -33,6 +33,7 @@ from fetal_flax.models.convolution import compiler_options
 from fetal_flax.models.functional import Arrays
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 _MISSING: Any = object()
 
 
@@ -46,6 +47,11 @@ class Segmenter:
         batch_size: Images per call of the network, for each device.
         tta: Test-time augmentation: `flip` shows the network each image's mirror image too.
         devices: Share the images; all devices of this process, if not given.
+        workers: Threads that read and resize images, and as many that measure them; None takes one
+            for each processor, at most 16.
+
+    Raises:
+        InputError: `workers` is less than 1.
 
     Example:
         >>> segmenter = ff.Segmenter(ff.load_checkpoint("runs/hc18"), batch_size=4)
@@ -61,7 +67,10 @@ class Segmenter:
         batch_size: int = 16,
         tta: TestTimeAugmentation = "none",
         devices: Sequence[Any] | None = None,
+        workers: int | None = None,
     ):
+        if workers is not None and workers < 1:
+            raise InputError(f"workers must be at least 1, not {workers}")
         config = checkpoint.config
         folded = functional.fold(config, checkpoint.variables)
         self._image_size = checkpoint.image_size
@@ -69,28 +78,11 @@ class Segmenter:
         self._devices = devices or jax.local_devices()
         self._batch_size = batch_size * len(self._devices)
         self._channels = config.in_channels
-
-        def logits(arrays: Arrays, images: jax.Array) -> jax.Array:
-            scaled = images.astype(jnp.float32) / 255
-            return functional.infer(config, arrays, scaled)[..., 0]
-
-        def views(arrays: Arrays, images: jax.Array) -> jax.Array:
-            seen = [logits(arrays, images)]
-            if tta == "flip":
-                seen.append(logits(arrays, images[:, :, ::-1])[:, :, ::-1])
-            return jnp.stack(seen, axis=1)
+        self.workers = workers
 
         @functools.cache
         def program(count: int) -> _Program:
-            mesh = jax.sharding.Mesh(np.array(self._devices[:count]), ("images",))
-            whole, shared = (
-                NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("images"))
-            )
-            # Each device runs its own images as if it were alone.
-            of_share = jax.shard_map(
-                views, mesh=mesh, in_specs=(whole.spec, shared.spec), out_specs=shared.spec
-            )
-            function = jax.jit(of_share, compiler_options=compiler_options())
+            function, whole, shared = create_program(config, self._devices[:count], tta=tta)
             return _Program(function, jax.device_put(folded, whole), shared)
 
         self._program = program
@@ -139,7 +131,7 @@ class Segmenter:
             178 mm ()
             178 mm ()
         """
-        pairs = map_in_threads(_read_pair, _with_pixel_sizes(images, pixel_sizes_mm))
+        pairs = self._map(_read_pair, _with_pixel_sizes(images, pixel_sizes_mm))
         measured = self.measure_each(pairs, lambda pair: pair[0], lambda pair: pair[1])
         return (measurement for _, measurement in measured)
 
@@ -168,7 +160,7 @@ class Segmenter:
             each = tuple(map(view, views)) if len(views) > 1 else ()
             return item, view(mean_logits(views), views=each)
 
-        return map_in_threads(measure, self.segment(items, image))
+        return self._map(measure, self.segment(items, image))
 
     def masks(self, images: Iterable[Image]) -> list[Bool[np.ndarray, "height width"]]:
         """Returns each image's mask at its own size: True where the head is.
@@ -220,7 +212,7 @@ class Segmenter:
         Images are taken a batch ahead: the network works on it while the logits of the one before
         are used.
         """
-        resized = map_in_threads(
+        resized = self._map(
             lambda image: resize_image(check_image(image), self._image_size), images
         )
         devices = size = 0
@@ -238,6 +230,9 @@ class Segmenter:
         for views, count in begin_ahead(begin, _batches(resized, self._batch_size), 1):
             yield from np.asarray(views)[:count]
 
+    def _map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        return map_in_threads(function, items, self.workers)
+
     def call(
         self, images: UInt8[jax.Array, "batch height width channels"]
     ) -> tuple[jax.stages.Wrapped, tuple[Arrays, jax.Array]]:
@@ -247,6 +242,43 @@ class Segmenter:
         """
         function, arrays, sharding = self._program(1)
         return function, (arrays, jax.device_put(images, sharding))
+
+
+def create_program(
+    config: ModelConfig, devices: Sequence[Any], *, tta: TestTimeAugmentation = "none"
+) -> tuple[jax.stages.Wrapped, NamedSharding, NamedSharding]:
+    """Returns a network as a function of what `functional.fold` returned, and of uint8 images.
+
+    It returns the logits (images, views, height, width); each device runs its own images as if it
+    were alone.
+
+    Args:
+        config: The network.
+        devices: Share the images, which are a multiple of their number.
+        tta: Test-time augmentation, as of `Segmenter`.
+
+    Returns:
+        The function, and where it has its arrays and its images.
+    """
+
+    def logits(arrays: Arrays, images: jax.Array) -> jax.Array:
+        scaled = images.astype(jnp.float32) / 255
+        return functional.infer(config, arrays, scaled)[..., 0]
+
+    def views(arrays: Arrays, images: jax.Array) -> jax.Array:
+        seen = [logits(arrays, images)]
+        if tta == "flip":
+            seen.append(logits(arrays, images[:, :, ::-1])[:, :, ::-1])
+        return jnp.stack(seen, axis=1)
+
+    mesh = jax.sharding.Mesh(np.array(devices), ("images",))
+    whole, shared = (
+        NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("images"))
+    )
+    of_share = jax.shard_map(
+        views, mesh=mesh, in_specs=(whole.spec, shared.spec), out_specs=shared.spec
+    )
+    return jax.jit(of_share, compiler_options=compiler_options()), whole, shared
 
 
 class _Program(NamedTuple):
@@ -260,7 +292,11 @@ class _Program(NamedTuple):
 
 
 def load(
-    source: Path | str, *, batch_size: int = 16, tta: TestTimeAugmentation = "none"
+    source: Path | str,
+    *,
+    batch_size: int = 16,
+    tta: TestTimeAugmentation = "none",
+    workers: int | None = None,
 ) -> Segmenter:
     """Loads a trained network, ready to measure.
 
@@ -270,9 +306,10 @@ def load(
         batch_size: Images per call of the network, for each device.
         tta: Test-time augmentation: `flip` averages each image's probabilities with those of its
             mirror image.
+        workers: As of `Segmenter`.
 
     Raises:
-        InputError: There is no network, or it can't be read.
+        InputError: There is no network, or it can't be read, or `workers` is less than 1.
 
     Example:
         >>> image, pixel_size_mm = ff.read_image("scan.png")
@@ -280,7 +317,8 @@ def load(
         >>> f"{result.hc_mm:.0f} mm"
         '178 mm'
     """
-    return Segmenter(load_checkpoint(source), batch_size=batch_size, tta=tta)
+    checkpoint = load_checkpoint(source)
+    return Segmenter(checkpoint, batch_size=batch_size, tta=tta, workers=workers)
 
 
 def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

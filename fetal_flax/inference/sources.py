@@ -1,7 +1,10 @@
 """Images to measure: which files, their names, their pixels."""
 
+import dataclasses
+import hashlib
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,17 +16,20 @@ from fetal_flax._util.console import track
 from fetal_flax._util.pipeline import in_threads
 from fetal_flax.data import dicom
 from fetal_flax.data.hc18 import MOST_MM, read_pixel_sizes
+from fetal_flax.data.images import SUFFIXES as IMAGE_SUFFIXES
 from fetal_flax.data.images import check_is_file, read_gray
-from fetal_flax.errors import InputError, printable
+from fetal_flax.errors import InputError, file_name, printable
 
 Image = UInt8[np.ndarray, "height width"]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", *dicom.SUFFIXES)
+SUFFIXES = (*IMAGE_SUFFIXES, *dicom.SUFFIXES)
 """Endings of the files that are taken as images, in lower case; DICOM files need none."""
 ANNOTATION_ENDING = "_Annotation.png"
 """Ends the names of HC18's outlines, which lie among its images."""
 SMALLEST_SIDE_PX = 16
 """Smaller images can't show a head."""
+_LONGEST_NAME = 240
+"""Bytes of a result's name: file systems take 255, ending and a frame's number included."""
 
 
 class Source(NamedTuple):
@@ -31,10 +37,25 @@ class Source(NamedTuple):
 
     path: Path
     name: str
-    """Of the results: the file's name without its ending; with `_0001` ... for frames."""
+    """Of the results: the file's name without its ending; with `_0001` ... for frames. What is no
+    UTF-8 in it is escaped, and a long one is cut."""
     image: Image
     pixel_size_mm: float | None
     """None where neither the CSV nor the file tells it."""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of the files of a folder, filled while they are read."""
+
+    files: int = 0
+    """How many were to be read."""
+    done: int = 0
+    """How many of them are behind."""
+    failed: list[str] = dataclasses.field(default_factory=list)
+    """A sentence for each that can't be read, or whose results would overwrite another's."""
+    skipped: Counter[str] = dataclasses.field(default_factory=Counter)
+    """What else the folder holds, in plain words, and how often."""
 
 
 def read_image(
@@ -43,8 +64,8 @@ def read_image(
     """Reads an image file, and how large its pixels are where it tells.
 
     Args:
-        path: PNG, JPEG, BMP, TIFF or DICOM (which needs the extra `dicom`). Colour becomes grey,
-            16 bits become 8.
+        path: PNG, JPEG, BMP, TIFF, WebP, GIF or DICOM (which needs the extra `dicom`). Colour
+            becomes grey, 16 bits become 8, an EXIF orientation is applied.
         frame: Which frame of a DICOM file that holds several, counted from 0.
 
     Returns:
@@ -104,29 +125,57 @@ def check_pixel_size(size_mm: float, name: str = "a pixel size of") -> float:
     return size_mm
 
 
-def find_files(source: Path) -> list[Path]:
+def find_files(source: Path, skipped: Counter[str] | None = None) -> list[Path]:
     """Returns the files to read: `source` itself, or what lies directly in the folder.
 
     Broken files are among them, and whatever else is named like an image, so that they can be
-    reported; HC18's outlines and files of other kinds are not.
+    reported; HC18's outlines, hidden files and files of other kinds are not.
+
+    Args:
+        source: A file or a folder.
+        skipped: Counts what is left out, in plain words.
 
     Raises:
         InputError: `source` isn't there, isn't an image's file or holds none.
     """
+    skipped = Counter() if skipped is None else skipped
     if not source.is_dir():
         if not source.exists():
             raise InputError(f"--input {source} doesn't exist: give an image or a folder of images")
         if not _looks_like_image(source):
             raise InputError(f"--input {source} is no image: expected DICOM or {_endings()}")
         return [source]
-    paths = sorted(
-        path
-        for path in source.iterdir()
-        if _looks_like_image(path) and not path.name.endswith(ANNOTATION_ENDING)
-    )
+    paths = []
+    for path in sorted(source.iterdir()):
+        if kind := _kind_of_other(path):
+            skipped[kind] += 1
+        else:
+            paths.append(path)
     if not paths:
-        raise InputError(f"{source} holds no image: expected DICOM files or {_endings()}")
+        besides = f" (but {listed(skipped)})" if skipped else ""
+        raise InputError(
+            f"{source} holds no image{besides}: expected DICOM files or {_endings()} directly in it"
+        )
     return paths
+
+
+def listed(skipped: Mapping[str, int]) -> str:
+    """Returns what was counted, as words: `hidden file (2), folder (1)`."""
+    return ", ".join(f"{kind} ({count})" for kind, count in sorted(skipped.items()))
+
+
+def _kind_of_other(path: Path) -> str:
+    """Returns what a folder's entry is, in plain words, or nothing where it is to be read."""
+    if path.name.startswith("."):
+        return "hidden file"
+    if path.name.endswith(ANNOTATION_ENDING):
+        return "HC18 outline"
+    if _looks_like_image(path):
+        return ""
+    if path.is_dir():
+        return "folder"
+    ending = printable(file_name(path.suffix.lower()))
+    return f"{ending} file" if ending else "file without an ending"
 
 
 def pixel_sizes(
@@ -150,9 +199,9 @@ def pixel_sizes(
         return dict.fromkeys((path.name for path in paths), size_mm)
     if csv_path is None:
         return {}
-    sizes = read_pixel_sizes(csv_path)
+    sizes = read_pixel_sizes(csv_path, [path.name for path in paths])
     missing = [
-        printable(path.name)
+        printable(file_name(path.name))
         for path in paths
         if path.name not in sizes and path.is_file() and not dicom.is_dicom(path)
     ]
@@ -166,26 +215,39 @@ def pixel_sizes(
 
 
 def read_sources(
-    paths: Sequence[Path], sizes: Mapping[str, float], failed: list[str]
+    paths: Sequence[Path],
+    sizes: Mapping[str, float],
+    outcome: Outcome,
+    workers: int | None = None,
 ) -> Iterator[Source]:
     """Yields the images that can be read, in order; threads read files ahead.
 
     Args:
         paths: What `find_files` returned.
         sizes: What `pixel_sizes` returned; it goes before what a DICOM file says.
-        failed: Takes a sentence for each file that can't be read, or whose results would overwrite
-            those of another.
+        outcome: Takes what becomes of each file; no file costs the others their results.
+        workers: Threads that read; None takes one for each processor, at most 16.
     """
     taken: dict[str, Path] = {}
-    readings = in_threads(lambda path: _begin(path, sizes.get(path.name)), paths)
+    outcome.files = len(paths)
+    readings = in_threads(lambda path: _begin(path, sizes.get(path.name)), paths, workers)
     for path, reading in zip(track(paths, "Predicting"), readings, strict=True):
         try:
             for source in reading.result():
                 _check_usable(source, taken)
                 taken[source.name] = path
                 yield source
+        except dicom.NoImageError as error:
+            if len(paths) == 1:
+                outcome.failed.append(str(error))
+            else:
+                outcome.skipped[error.kind] += 1
         except InputError as error:
-            failed.append(str(error))
+            outcome.failed.append(str(error))
+        except Exception as error:  # Whatever a reader's own reader lets through.
+            why = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+            outcome.failed.append(f"{path} can't be read ({why}): copy or export it again")
+        outcome.done += 1
 
 
 def _begin(path: Path, size: float | None) -> Iterator[Source]:
@@ -200,10 +262,15 @@ def _read(path: Path, size: float | None) -> Iterator[Source]:
         yield Source(path, _name(path), read_gray(path), size)
         return
     file = dicom.DicomFile(path)
-    size = size or file.pixel_size_mm
+    size = file.pixel_size_mm if size is None else size
     for number, image in enumerate(file.frames(), 1):
         suffix = f"_{number:04d}" if file.frame_count > 1 else ""
         yield Source(path, _name(path) + suffix, image, size)
+
+
+def stored_name(name: str, ending: str) -> str:
+    """Returns the name of a result's file, as the file system takes it."""
+    return os.fsdecode(f"{name}{ending}".encode())
 
 
 def _check_usable(source: Source, taken: Mapping[str, Path]) -> None:
@@ -221,7 +288,12 @@ def _looks_like_image(path: Path) -> bool:
 
 def _name(path: Path) -> str:
     # DICOM files without an ending are often called by a UID, whose last number is none.
-    return path.stem if path.suffix.lower() in SUFFIXES else path.name
+    name = file_name(path.stem if path.suffix.lower() in SUFFIXES else path.name)
+    encoded = name.encode()
+    if len(encoded) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:8]
+    return encoded[: _LONGEST_NAME - 9].decode(errors="ignore") + "~" + digest
 
 
 def _endings() -> str:

@@ -9,9 +9,11 @@ import dataclasses
 import math
 from pathlib import Path
 
-from fetal_flax._util.files import csv_bytes, write_atomically
+from fetal_flax._util.files import csv_bytes, growing_csv
 from fetal_flax.config import TestTimeAugmentation
+from fetal_flax.errors import file_name
 from fetal_flax.inference.predict import measured_sources
+from fetal_flax.inference.sources import Outcome
 from fetal_flax.measurement.ellipse import Ellipse
 
 COLUMNS = (
@@ -47,26 +49,30 @@ def submission(
         checkpoint: Training workdir, converted directory, or a shipped network's name.
         source: The challenge's `test_set`.
         pixel_size_csv: Its `test_set_pixel_size.csv`.
-        output: The CSV to write. An image without a head has no row, and is reported.
+        output: The CSV to write, row by row. An image without a head has no row, and is reported;
+            without any head there is no file.
         tta: As in `predict`.
 
     Raises:
         InputError: As `predict`.
     """
-    rows: list[tuple[object, ...]] = [COLUMNS]
-    failed: list[str] = []
-    for image, measurement in measured_sources(
-        checkpoint, source, failed, pixel_size_csv=pixel_size_csv, tta=tta
-    ):
-        path, pixel_size = image.path, measurement.pixel_size_mm
-        if measurement.head is None:
-            failed.append(f"{path} shows no head that the network could find")
-        elif pixel_size is None:
-            failed.append(f"{path} doesn't tell its pixel size: add it to {pixel_size_csv}")
-        else:
-            rows.append((path.name, *to_row(measurement.head.ellipse, pixel_size)))
-    write_atomically(output, csv_bytes(rows))
-    return SubmissionReport(len(rows) - 1, tuple(failed))
+    outcome, count = Outcome(), 0
+    failed = outcome.failed
+    measured = measured_sources(checkpoint, source, outcome, pixel_size_csv=pixel_size_csv, tta=tta)
+    with growing_csv(output, COLUMNS) as table:
+        for image, measurement in measured:
+            path, pixel_size = image.path, measurement.pixel_size_mm
+            if measurement.head is None:
+                whole = "covers_image" in measurement.flags
+                what = "is head all over, to the network" if whole else "shows no head"
+                failed.append(f"{path} {what}: there is nothing to measure")
+            elif pixel_size is None:
+                failed.append(f"{path} doesn't tell its pixel size: add it to {pixel_size_csv}")
+            else:
+                row = (file_name(path.name), *to_row(measurement.head.ellipse, pixel_size))
+                table.add(csv_bytes([row]))
+                count += 1
+    return SubmissionReport(count, tuple(failed))
 
 
 def to_row(ellipse: Ellipse, pixel_size_mm: float) -> tuple[float, ...]:

@@ -1,10 +1,13 @@
 """What the networks are built of: convolution blocks and squeeze-excite."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from fetal_flax._util.backend import target_backend
 from fetal_flax.models.init import torch_uniform
 from fetal_flax.models.layers import BatchNorm, Conv, FeatureMap, SeparableConv, broadcast_to_map
 
@@ -40,7 +43,7 @@ class ConvNorm(nnx.Module):
         *,
         separable: bool = False,
         rngs: nnx.Rngs,
-        **conv,
+        **conv: Any,
     ):
         kind = SeparableConv if separable else Conv
         self.conv: Conv | SeparableConv = kind(inputs, outputs, size, rngs=rngs, **conv)
@@ -110,7 +113,8 @@ class SqueezeExcite(nnx.Module):
         """Returns the factors of the map's channels, in its dtype."""
         # They are few: until then they stay in at least float32 whatever the map's dtype.
         pooled = x.mean((1, 2), dtype=np.promote_types(x.dtype, np.float32))
-        return nnx.sigmoid(self.excite(nnx.relu(self.squeeze(pooled)))).astype(x.dtype)
+        hidden = nnx.relu(_apply_dense(self.squeeze, pooled))
+        return nnx.sigmoid(_apply_dense(self.excite, hidden)).astype(x.dtype)
 
     def __call__(self, x: FeatureMap) -> FeatureMap:
         return x * broadcast_to_map(self.weights(x)[:, None, None, :], x.shape)
@@ -183,3 +187,14 @@ def max_pool(x: FeatureMap) -> FeatureMap:
 def _dense(inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
     init = torch_uniform(fan_in=inputs)
     return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=init, bias_init=init, rngs=rngs)
+
+
+def _apply_dense(
+    layer: nnx.Linear, x: Float[Array, "batch inputs"]
+) -> Float[Array, "batch outputs"]:
+    """Applies a layer that is so small that on a GPU its kernels' number is what it costs."""
+    if target_backend() == "cpu":
+        return layer(x)
+    # Not a matrix product: a library's would be a kernel apart from the activations around it.
+    y = (x[:, :, None] * layer.kernel[...].astype(x.dtype)[None]).sum(1)
+    return y if layer.bias is None else y + layer.bias[...].astype(x.dtype)[None]

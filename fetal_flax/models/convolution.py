@@ -72,9 +72,11 @@ def convolution(
         if depthwise:
             return depthwise_by_shifts(stride, dilation, x, kernel)
         return nhwc_convolution(stride, dilation, x, kernel)
-    if kernel.shape[:2] == (1, 1) and stride == 1 and not depthwise:
+    if depthwise:
+        return depthwise_on_gpu(stride, dilation, x, kernel)
+    if kernel.shape[:2] == (1, 1) and stride == 1:
         return x @ kernel[0, 0]
-    return plain_convolution(x, kernel, stride=stride, dilation=dilation, depthwise=depthwise)
+    return plain_convolution(x, kernel, stride=stride, dilation=dilation)
 
 
 def plain_convolution(
@@ -167,13 +169,14 @@ def depthwise_by_shifts(stride: int, dilation: int, x: FeatureMap, kernel: Kerne
 
 def _sum_of_shifts(stride: int, dilation: int, x: FeatureMap, kernel: Kernel) -> FeatureMap:
     height, width = x.shape[1], x.shape[2]
+    wide = np.promote_types(x.dtype, np.float32)
     padded = _pad(x, dilation, kernel)
-    y = jnp.zeros((), x.dtype)
+    y = jnp.zeros((), wide)
     for row, column in np.ndindex(kernel.shape[:2]):
         top, left = dilation * row, dilation * column
         shifted = padded[:, top : top + height : stride, left : left + width : stride]
-        y = y + shifted * kernel[row, column, 0].reshape(1, 1, 1, -1)
-    return y
+        y = y + shifted.astype(wide) * kernel[row, column, 0].astype(wide).reshape(1, 1, 1, -1)
+    return y.astype(x.dtype)
 
 
 def _depthwise_forward(
@@ -191,6 +194,28 @@ def _depthwise_backward(
 
 
 depthwise_by_shifts.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def depthwise_on_gpu(stride: int, dilation: int, x: FeatureMap, kernel: Kernel) -> FeatureMap:
+    """Depthwise convolution as shifted multiply-adds, with the gradients of the plain one.
+
+    What limits is memory: so the convolution is one kernel with the bias and activation before and
+    behind it, each of which a library's convolution would have as a pass over the map of its own.
+    """
+    return _sum_of_shifts(stride, dilation, x, kernel)
+
+
+def _depthwise_on_gpu_backward(
+    stride: int, dilation: int, saved: tuple[FeatureMap, Kernel], gradient: FeatureMap
+) -> tuple[FeatureMap, Kernel]:
+    def plain(x: FeatureMap, kernel: Kernel) -> FeatureMap:
+        return plain_convolution(x, kernel, stride=stride, dilation=dilation, depthwise=True)
+
+    return jax.vjp(plain, *saved)[1](gradient)
+
+
+depthwise_on_gpu.defvjp(_depthwise_forward, _depthwise_on_gpu_backward)
 
 
 def _sum_over_pixels(

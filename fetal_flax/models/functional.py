@@ -9,6 +9,7 @@ import functools
 from typing import NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jaxtyping import Array
 
@@ -161,6 +162,7 @@ def apply_train(
     *,
     dropout_key: Array | None = None,
     train_encoder: bool = False,
+    folded_encoder: Arrays | None = None,
 ) -> tuple[Logits, Arrays]:
     """Runs the network as in training, with the batch's statistics and with dropout; pure.
 
@@ -172,6 +174,8 @@ def apply_train(
             `mobilenet_unet`.
         train_encoder: Whether the encoder's batch norms take the batch's statistics too; a frozen
             encoder keeps its own.
+        folded_encoder: What `fold_encoder` returned of these variables, where the encoder is
+            frozen and several calls share it.
 
     Returns:
         Logits as of `apply`, and the batch statistics after the call, for the next one.
@@ -189,6 +193,12 @@ def apply_train(
     network = merge(config, variables)
     if not train_encoder and not isinstance(network, UNet):
         folding.fold_norms(network.encoder)
+        if folded_encoder is not None:
+            folded = {
+                path: folded_encoder[_name(path)]
+                for path, _ in nnx.to_flat_state(nnx.state(network.encoder))
+            }
+            nnx.update(network.encoder, traverse_util.unflatten_dict(folded))
     # The backward pass's products are those of the forward pass, transposed, and like them.
     with _products_of(config):
         logits = network(images, train=True, train_encoder=train_encoder, dropout_key=dropout_key)
@@ -209,6 +219,20 @@ def encode(config: ModelConfig, variables: Variables, images: FeatureMap) -> Enc
         return tuple(network.encoder(images, train=False))
 
 
+def fold_encoder(config: ModelConfig, variables: Variables) -> Arrays:
+    """Returns a frozen encoder's arrays as training uses them, for `apply_train`.
+
+    Batch norms are part of the convolutions, and all is in the dtype that the network computes in.
+    """
+    network = merge(config, variables)
+    assert not isinstance(network, UNet)
+    folding.fold_norms(network.encoder)
+    arrays = _flatten(nnx.state(network.encoder))
+    if config.dtype != "bfloat16":
+        return arrays
+    return {name: array.astype(jnp.bfloat16) for name, array in arrays.items()}
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def fold(config: ModelConfig, variables: Variables) -> Arrays:
     """Returns the arrays of the network that models/folding.py makes for evaluation."""
@@ -226,7 +250,7 @@ def infer(config: ModelConfig, folded: Arrays, images: FeatureMap) -> Logits:
     """
     backend = target_backend()
     network = _structure(config, folded_for=backend).merge(folded)
-    if len(images) > 1 and backend == "cpu":
+    if backend == "cpu" and len(images) > 1:
         # One image's maps nearly fit into the cache; a batch's do not, and asking the system for
         # their memory anew in every call takes a third of the time.
         return jax.lax.map(lambda image: network(image[None])[0], images)

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from fetal_flax._util.backend import target_backend
 from fetal_flax.errors import InputError
 from fetal_flax.models.convolution import FeatureMap, convolution, depth_to_space
 from fetal_flax.models.init import torch_uniform
@@ -173,25 +174,50 @@ EPSILON = 1e-5
 
 
 @jax.custom_vjp
-def normalize(x: FeatureMap, scale: Vector, bias: Vector) -> tuple[FeatureMap, Vector, Vector]:
+def normalize(
+    x: FeatureMap, scale: Vector, bias: Vector, near: Vector
+) -> tuple[FeatureMap, Vector, Vector]:
     """Normalises a map by its own statistics, by a gradient rule of its own.
 
     The rule keeps the map and two vectors for the backward pass. Differentiated by JAX, the
     statistics' arithmetic keeps the centred map too and passes over the maps more often; with that,
     a training step of batch 16 takes from no longer to a fifth longer, by processor.
 
+    Args:
+        x: The map.
+        scale: Factors of the normalised map.
+        bias: Summands.
+        near: What the mean is expected near to, such as the running mean; changes rounding alone.
+
     Returns:
         The normalised map, its mean and its biased variance. The statistics carry no gradient.
     """
-    return _normalize(x, scale, bias)[0]
+    return _normalize(x, scale, bias, near)[0]
 
 
-def _normalize(x: FeatureMap, scale: Vector, bias: Vector) -> tuple:
+def _normalize(x: FeatureMap, scale: Vector, bias: Vector, near: Vector) -> tuple:
     wide = x.astype(np.promote_types(x.dtype, np.float32))
-    mean = wide.mean((0, 1, 2))
-    var = jnp.square(wide - per_channel(mean)).mean((0, 1, 2))
+    statistics = _mean_and_variance if target_backend() == "cpu" else _mean_and_variance_at_once
+    mean, var = statistics(wide, near.astype(wide.dtype))
     inverse = jax.lax.rsqrt(var + EPSILON)
     return (_affine(x, mean, scale * inverse, bias), mean, var), (x, scale, mean, inverse)
+
+
+def _mean_and_variance(x: FeatureMap, near: Vector) -> tuple[Vector, Vector]:
+    del near
+    mean = x.mean((0, 1, 2))
+    return mean, jnp.square(x - per_channel(mean)).mean((0, 1, 2))
+
+
+def _mean_and_variance_at_once(x: FeatureMap, near: Vector) -> tuple[Vector, Vector]:
+    """Reads the map once: on a GPU, memory is what limits, and two sums are one collective.
+
+    E[x²] − E[x]² loses the digits that the mean is larger than the deviation by; of distances from
+    a value near the mean, it loses none that matter.
+    """
+    distance = x - per_channel(near)
+    offset, square = distance.mean((0, 1, 2)), jnp.square(distance).mean((0, 1, 2))
+    return near + offset, jnp.maximum(square - jnp.square(offset), 0)
 
 
 def _normalize_backward(saved: tuple, gradients: tuple) -> tuple:
@@ -205,7 +231,7 @@ def _normalize_backward(saved: tuple, gradients: tuple) -> tuple:
     centred = x.astype(mean.dtype) - per_channel(mean)
     common = per_channel(by_bias / count) + centred * per_channel(by_scale * inverse / count)
     by_x = per_channel(scale * inverse) * (gradient - common)
-    return by_x.astype(x.dtype), by_scale, by_bias
+    return by_x.astype(x.dtype), by_scale, by_bias, jnp.zeros_like(mean)
 
 
 normalize.defvjp(_normalize, _normalize_backward)
@@ -223,7 +249,8 @@ class BatchNorm(nnx.Module):
     Epsilon 1e-5; running average `0.9·old + 0.1·new`; the running variance is fed with the
     unbiased batch variance, while the map is normalised with the biased one. Flax differs in the
     momentum's default and feeds the biased variance. Statistics are taken in at least float32,
-    the variance about the mean and not as E[x²] − E[x]², which loses digits. Over a batch that is
+    the variance about the mean, or on a GPU about the running mean, and not as E[x²] − E[x]², which
+    loses digits. Over a batch that is
     sharded under `jax.jit` the means are global. From (batch, height, width, channels) to the same
     shape.
 
@@ -270,7 +297,7 @@ class BatchNorm(nnx.Module):
         if train is None:
             train = not self.use_running_average
         if train:
-            y, mean, var = normalize(x, self.scale[...], self.bias[...])
+            y, mean, var = normalize(x, self.scale[...], self.bias[...], self.mean[...])
             self._update_running(mean, var, count=x.size // x.shape[-1])
             return y
         gain = self.scale[...] * jax.lax.rsqrt(self.var[...] + EPSILON)

@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import hashlib
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -15,8 +17,13 @@ from fetal_flax import checkpoints
 from fetal_flax._util.files import json_bytes, write_atomically
 from fetal_flax.config import DataConfig, EncoderConfig, TrainConfig
 from fetal_flax.conversion.names import ENCODER
-from fetal_flax.conversion.reader import read_state_dict, unwrap
-from fetal_flax.conversion.recognition import STEM, Network, convert_state_dict
+from fetal_flax.conversion.recognition import (
+    STEM,
+    NamedTensors,
+    Network,
+    convert_state_dict,
+    find_tensors,
+)
 from fetal_flax.data.batch import Batch
 from fetal_flax.data.datasets import open_dataset
 from fetal_flax.data.host_loader import evaluation_batches
@@ -92,13 +99,14 @@ def load_pair(
     Raises:
         InputError: The file can't be read, or `checkpoint` holds another network.
     """
-    tensors = read_state_dict(reference_file)
+    found = find_tensors(reference_file)
+    tensors = found.tensors
     rgb_encoder = STEM in tensors and tensors[STEM].shape[1:2] == (3,)
     converted = convert_state_dict(
         tensors, source=str(reference_file), channels=3 if rgb_encoder else None
     )
     model = dataclasses.replace(converted.model, dropout=0.0)
-    state_dict = _torch_state_dict(reference_file)
+    state_dict = _torch_state_dict(reference_file, found)
     if converted.kind == "encoder":
         layout, network = ENCODER, reference.Encoder(model.in_channels)
         state_dict = {n: t for n, t in state_dict.items() if n.startswith("features.")}
@@ -167,11 +175,26 @@ def load_batches(
     return list(batches), [dataset.names[index] for index in indices]
 
 
-def _torch_state_dict(path: Path) -> Mapping[str, Tensor]:
-    """Reads a state dict with PyTorch, so that our own reader is under test too."""
-    if path.suffix == ".safetensors":
-        return unwrap(safetensors.torch.load_file(path))
-    return unwrap(torch.load(path, map_location="cpu", weights_only=True))
+def _torch_state_dict(path: Path, found: NamedTensors) -> Mapping[str, Tensor]:
+    """Reads a state dict with PyTorch, so that our own reader is under test too.
+
+    Raises:
+        InputError: PyTorch's safe reader refuses what lies beside the weights.
+    """
+    try:
+        saved: Any = (
+            safetensors.torch.load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path} holds objects beside the weights, which PyTorch doesn't load safely: save it "
+            "again with torch.save(model.state_dict(), PATH)"
+        ) from None
+    for key in found.keys:
+        saved = saved[int(key)] if isinstance(saved, list | tuple) else saved[key]
+    return {name: saved[found.prefix + name] for name in found.tensors}
 
 
 def _from_checkpoint(checkpoint: Path, converted: Network) -> Network:

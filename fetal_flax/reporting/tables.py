@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from fetal_flax._util.files import csv_bytes, json_bytes, write_atomically
 from fetal_flax.measurement.overlap import aggregate
 
+PER_IMAGE = "per_image.csv"
 GROUPINGS = ("trimester", "fold")
 """Columns of `per_image.csv` whose values metrics.json has an aggregate of each."""
 
@@ -44,18 +45,32 @@ def write_metrics(
             number is not finite, which JSON can't hold.
     """
     metrics = summarize(rows, run=run)
-    header = ["name", *rows[0].metrics, *rows[0].columns]
-    if len(set(header)) != len(header):
-        raise ValueError(f"per_image.csv has a column twice: {', '.join(header)}")
+    columns = header(rows[0])
     if any(row.columns.keys() != rows[0].columns.keys() for row in rows):
         raise ValueError("every image must have the same columns")
-    table = [
-        [row.name, *((row.metrics | row.columns)[name] for name in header[1:])] for row in rows
-    ]
-    files = {"per_image.csv": csv_bytes([header, *table]), "metrics.json": json_bytes(metrics)}
+    table = csv_bytes([columns, *(cells(row, columns) for row in rows)])
+    files = {PER_IMAGE: table, "metrics.json": json_bytes(metrics)}
     for name, content in files.items():
         write_atomically(Path(output_dir) / name, content)
     return metrics
+
+
+def header(row: Row) -> list[str]:
+    """Returns the columns of `per_image.csv`.
+
+    Raises:
+        ValueError: A column repeats a metric's name.
+    """
+    columns = ["name", *row.metrics, *row.columns]
+    if len(set(columns)) != len(columns):
+        raise ValueError(f"{PER_IMAGE} has a column twice: {', '.join(columns)}")
+    return columns
+
+
+def cells(row: Row, columns: Sequence[str]) -> list[Any]:
+    """Returns a row's values in the order of the columns."""
+    values = {"name": row.name} | row.metrics | row.columns
+    return [values[name] for name in columns]
 
 
 def summarize(rows: Sequence[Row], *, run: Mapping[str, Any]) -> dict[str, Any]:

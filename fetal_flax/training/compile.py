@@ -27,6 +27,7 @@ from fetal_flax.training.step import (
     Metrics,
     TrainState,
     encode_step,
+    fold_static_encoder,
     initial_state,
     train_step,
     validation_step,
@@ -60,12 +61,12 @@ def create_programs(config: TrainConfig, mesh: Mesh, *, steps_per_epoch: int = 1
     """
     whole, split, stacked = replicated(mesh), batch_sharding(mesh), step_sharding(mesh)
 
+    step = functools.partial(train_step, config=config, steps_per_epoch=steps_per_epoch)
+
     def train(
         state: TrainState, pos_weight: float | Array, batch: Batch
     ) -> tuple[TrainState, Metrics]:
-        return train_step(
-            state, batch, config=config, pos_weight=pos_weight, steps_per_epoch=steps_per_epoch
-        )
+        return step(state, batch, pos_weight=pos_weight)
 
     def gather(dataset: DeviceDataset, recipe: BatchRecipe) -> Batch:
         batch = gather_batch(
@@ -79,8 +80,12 @@ def create_programs(config: TrainConfig, mesh: Mesh, *, steps_per_epoch: int = 1
         dataset: DeviceDataset | None,
         items: Batch | BatchRecipe,
     ) -> tuple[TrainState, Metrics]:
+        # Not in every step anew: on a GPU that is a kernel or two for each of its arrays.
+        encoder = fold_static_encoder(config, state)
+
         def body(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
-            return train(state, pos_weight, item if dataset is None else gather(dataset, item))
+            batch = item if dataset is None else gather(dataset, item)
+            return step(state, batch, pos_weight=pos_weight, folded_encoder=encoder)
 
         return jax.lax.scan(body, state, items)
 
@@ -149,17 +154,23 @@ class BackgroundCompilation:
 def compile_train_chunk(
     config: TrainConfig, programs: Programs, *, records: int | None, steps: int
 ) -> BackgroundCompilation:
-    """Begins to compile a call of `programs.train_chunk`.
+    """Begins to compile a call of `programs.train_chunk`; the arguments are `chunk_arguments`'."""
+    arguments = chunk_arguments(config, records=records, steps=steps)
+    return BackgroundCompilation(lambda: programs.train_chunk.lower(*arguments).compile())
+
+
+def chunk_arguments(
+    config: TrainConfig, *, records: int | None, steps: int
+) -> tuple[TrainState, Any, DeviceDataset | None, Batch | BatchRecipe]:
+    """Returns the shapes and dtypes of what a call of `Programs.train_chunk` takes.
 
     Args:
         config: The run.
-        programs: Its steps.
         records: Images of the data set that is on the devices; None where the host makes batches.
         steps: Steps that a call does.
     """
     variables = functional.shapes(config.model)
     state = jax.eval_shape(functools.partial(initial_state, config), variables)
-    pos_weight = _shape((), np.float32)
     rows, size = (steps, config.schedule.batch_size), config.data.image_size
     photometric = None
     if config.augmentation.photometric:
@@ -181,9 +192,7 @@ def compile_train_chunk(
             affine=_shape((*rows, 2, 3), np.float32),
             photometric=photometric,
         )
-    return BackgroundCompilation(
-        lambda: programs.train_chunk.lower(state, pos_weight, dataset, items).compile()
-    )
+    return state, _shape((), np.float32), dataset, items
 
 
 def _shape(shape: tuple[int, ...], dtype: Any) -> Any:

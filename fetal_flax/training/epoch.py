@@ -67,7 +67,7 @@ def train_epochs(session: TrainingSession) -> None:
                 if died_at == died_before:
                     raise RunError(
                         f"data workers keep ending before step {died_at + 1} ({error}): see to "
-                        "their memory, or go on with --resume --data.workers 0"
+                        "their memory and to /dev/shm, or go on with --resume --data.workers 0"
                     ) from None
                 session.tell(Message("a data worker ended; starting new ones"))
     except Interrupted:

@@ -1,14 +1,14 @@
 """SIGTERM and SIGINT, by which schedulers and people stop a run, as a request to save and go."""
 
+import contextlib
 import os
 import signal
-import threading
 import types
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+from fetal_flax._util.signals import handled
 from fetal_flax.errors import Interrupted
 
 _NOTHING_TO_SAVE = "stopped; there was nothing to save"
@@ -18,7 +18,6 @@ class Interruption:
     """Watches for signals while it is entered; a second one stops the process at once.
 
     Until `defer` is called there is nothing to save, and the first raises Interrupted at once.
-    Signals reach the main thread alone; in another one nothing is watched.
 
     With several processes, all agree on the moment to stop: JAX's own handler of SIGTERM tells the
     others, and SIGINT is handed on to it. There, a second signal counts once all have stopped.
@@ -27,20 +26,17 @@ class Interruption:
     def __init__(self) -> None:
         self._distributed = jax.process_count() > 1
         self._watched = (signal.SIGINT,) if self._distributed else (signal.SIGINT, signal.SIGTERM)
-        self._before: dict[signal.Signals, Any] = {}
+        self._handlers = contextlib.ExitStack()
         self._deferred = False
         self._requested = False
         self._asked = 0
 
     def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():
-            for number in self._watched:
-                self._before[number] = signal.signal(number, self._receive)
+        self._handlers.enter_context(handled(self._watched, self._receive))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handlers.close()
 
     def defer(self) -> None:
         """Lets a signal wait until `requested` is asked."""

@@ -5,6 +5,8 @@ have ended, to the bit: what a step computes depends on the state and on (seed, 
 """
 
 import contextlib
+import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,7 +74,7 @@ def train(
         >>> ff.load_checkpoint("runs/small").config == config.model
         True
     """
-    workdir = Path(workdir)
+    workdir, config = Path(workdir), _with_absolute_folder(config)
     check_devices(config.model)
     with Interruption() as interruption, hold_workdir(workdir), contextlib.ExitStack() as stack:
         # Settle what never changes; nothing is written but caches.
@@ -122,6 +124,16 @@ def train(
             )
         )
     return progress
+
+
+def _with_absolute_folder(config: TrainConfig) -> TrainConfig:
+    """Returns settings whose data set is found from any working directory, also by `evaluate`."""
+    folder = config.data.data_dir
+    if folder is None or folder.startswith("~"):
+        return config
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, data_dir=os.path.abspath(folder))
+    )
 
 
 def _begin(

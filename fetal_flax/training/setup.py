@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from fetal_flax import checkpoints
+from fetal_flax._util.cache_folder import cache_folder
 from fetal_flax.checkpoints import Description
 from fetal_flax.config import ModelConfig, TrainConfig, to_dict
 from fetal_flax.conversion.encoder_weights import load_encoder
@@ -85,7 +87,7 @@ def prepare(config: TrainConfig) -> Setup:
     """
     mesh = create_mesh()
     check_batch_size(config.schedule.batch_size, mesh)
-    cache_dir = Path(config.data.cache_dir).expanduser()
+    cache_dir = cache_folder(config.data.cache_dir)
     initial = _initial_variables(config, cache_dir)
     dataset = open_dataset(config.data, config.seed)
     split = splits.split(dataset.names, dataset.examinations, **split_method(config))
@@ -151,7 +153,7 @@ def _initial_variables(config: TrainConfig, cache_dir: Path) -> Callable[[], Var
 
 def _load_network(config: TrainConfig) -> Variables:
     """Returns the network that `init` names."""
-    variables, description = checkpoints.load_checkpoint(Path(config.init).expanduser())
+    variables, description = checkpoints.load_checkpoint(Path(os.path.expanduser(config.init)))
     wanted, found = functional.shapes(config.model), functional.shapes(description.model)
     if jax.tree.map(lambda a: a.shape, wanted) != jax.tree.map(lambda a: a.shape, found):
         raise InputError(

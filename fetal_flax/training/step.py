@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from fetal_flax._util.backend import target_backend
 from fetal_flax.config import TrainConfig
 from fetal_flax.data.batch import Batch
 from fetal_flax.data.photometric import apply_photometric
@@ -68,6 +69,7 @@ def train_step(
     config: TrainConfig,
     pos_weight: float | Array,
     steps_per_epoch: int = 1,
+    folded_encoder: Arrays | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Trains on one batch.
 
@@ -77,20 +79,21 @@ def train_step(
         config: The run.
         pos_weight: Factor on the cross-entropy of foreground pixels.
         steps_per_epoch: What warm-up and cosine count epochs by.
+        folded_encoder: What `fold_static_encoder` returned of the state, or of one before it.
 
     Returns:
         The next state; `loss` and `dice` of the batch, and whether the step was `applied`: one
         whose loss or gradients are not finite is not (`schedule.non_finite`).
     """
     loss, gradients, batch_stats, logits = loss_and_gradients(
-        state, batch, config=config, pos_weight=pos_weight
+        state, batch, config=config, pos_weight=pos_weight, folded_encoder=folded_encoder
     )
     params, opt_state = _update(state, gradients, config, steps_per_epoch)
     averages = _move_averages(state, params | batch_stats, config)
     after = state._replace(
         params=params, batch_stats=batch_stats, opt_state=opt_state, averages=averages
     )
-    applied = _all_finite((loss, gradients)) & ~state.halted
+    applied = all_finite((loss, gradients)) & ~state.halted
     after = jax.tree.map(lambda new, old: jnp.where(applied, new, old), after, state)
     skip = config.schedule.non_finite == "skip"
     after = after._replace(
@@ -104,7 +107,12 @@ def train_step(
 
 
 def loss_and_gradients(
-    state: TrainState, batch: Batch, *, config: TrainConfig, pos_weight: float | Array
+    state: TrainState,
+    batch: Batch,
+    *,
+    config: TrainConfig,
+    pos_weight: float | Array,
+    folded_encoder: Arrays | None = None,
 ) -> LossAndGradients:
     """Runs the network forward and back; the arguments are those of `train_step`."""
     labels = parameter_labels(config, state.params)
@@ -124,6 +132,7 @@ def loss_and_gradients(
             images,
             dropout_key=jax.random.fold_in(jax.random.key(config.seed), state.step),
             train_encoder=not encoder_is_static(config),
+            folded_encoder=folded_encoder,
         )
         loss = dice_bce(
             logits, masks, jnp.asarray(batch.valid), config=config.loss, pos_weight=pos_weight
@@ -212,9 +221,26 @@ def encoder_is_static(config: TrainConfig) -> bool:
     return not config.encoder.trainable and config.encoder.frozen_batch_norm != "batch"
 
 
+def fold_static_encoder(config: TrainConfig, state: TrainState) -> Arrays | None:
+    """Returns what the encoder is folded to in every step of a run; None where it is not static."""
+    if config.model.name == "unet" or not encoder_is_static(config):
+        return None
+    return functional.fold_encoder(config.model, Variables(state.params, state.batch_stats))
+
+
 def parameter_labels(config: TrainConfig, params: Arrays) -> dict[str, str]:
     """Returns the group of every parameter of a run."""
     return label_parameters(params, freezing_rules(config))
+
+
+def all_finite(arrays: tuple[Array, Arrays]) -> Array:
+    """Returns whether loss and gradients are finite, all of them."""
+    leaves = jax.tree.leaves(arrays)
+    if target_backend() == "cpu":
+        # Stacked: a chain of ands XLA repeats, in a loop, in the update of every parameter.
+        return jnp.isfinite(jnp.stack([jnp.abs(a).max() for a in leaves])).all()
+    # A copy of the gradients costs a GPU less than a kernel for each of them.
+    return jnp.isfinite(jnp.concatenate([a.ravel() for a in leaves])).all()
 
 
 def _update(
@@ -246,11 +272,6 @@ def _move_averages(state: TrainState, now: Arrays, config: TrainConfig) -> Array
     return {
         name: decay * average + (1 - decay) * now[name] for name, average in state.averages.items()
     }
-
-
-def _all_finite(arrays: tuple[Array, Arrays]) -> Array:
-    # Stacked: a chain of ands XLA repeats, in a loop, in the update of every parameter.
-    return jnp.isfinite(jnp.stack([jnp.abs(a).max() for a in jax.tree.leaves(arrays)])).all()
 
 
 def _images(batch: Batch, dtype: jnp.dtype) -> Array:

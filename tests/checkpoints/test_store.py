@@ -219,6 +219,21 @@ def test_a_folder_without_checkpoint_is_named_and_left_as_it_is(tmp_path, load):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_near_a_checkpoint_is_told_the_way(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "3000000" / "variables").mkdir(parents=True)
+    for path in ("checkpoints", "checkpoints/3000000", "checkpoints/3000000/variables"):
+        with pytest.raises(InputError, match=rf"give the run's folder, {run}$"):
+            checkpoints.load_checkpoint(run / path)
+    for name in ("best_model.pth", "last.ckpt", "network.safetensors"):
+        (tmp_path / name).touch()
+        with pytest.raises(InputError, match=rf"fetal-flax convert --source {tmp_path / name}"):
+            checkpoints.load_checkpoint(tmp_path / name)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="is a file, not a checkpoint's folder: give a training"):
+        checkpoints.load_checkpoint(tmp_path / "notes.txt")
+
+
 def test_a_run_that_never_finished_an_epoch_is_named(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(InputError, match="holds no complete checkpoint"):

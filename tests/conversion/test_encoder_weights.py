@@ -15,7 +15,7 @@ from fetal_flax.config import ModelConfig
 from fetal_flax.conversion import encoder_weights
 from fetal_flax.conversion.convert import from_torch_file
 from fetal_flax.conversion.encoder_weights import load_encoder, read_encoder
-from fetal_flax.conversion.reader import read_state_dict
+from fetal_flax.conversion.reader import read_state_dicts
 from fetal_flax.conversion.recognition import grey_stem
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
@@ -49,7 +49,7 @@ def _assert_identical(ours: Variables, theirs: Variables) -> None:
 
 def test_the_real_weights_file_is_covered(shared_dir):
     path = shared_dir / "weights" / "mobilenet_v2_imagenet_dequantised.pth"
-    tensors = read_state_dict(path)
+    tensors = read_state_dicts(path)[0].tensors
     variables = read_encoder(path, RGB)
     expected = functional.encoder_part(functional.shapes(RGB))
     assert jax.tree.map(np.shape, variables) == jax.tree.map(lambda a: a.shape, expected)

@@ -1,5 +1,6 @@
 """Whole networks from PyTorch's files and back: recognised, bit-exact, or refused."""
 
+import copy
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fetal_flax.checkpoints import load_checkpoint
 from fetal_flax.commands.main import main
 from fetal_flax.config import ModelConfig
 from fetal_flax.conversion.convert import from_torch_file, to_torch_file
@@ -449,3 +451,70 @@ def test_names_cant_draw_on_the_terminal(small, tmp_path, name):
 def test_a_directory_that_holds_a_checkpoint_is_not_overwritten(small, small_directory):
     with pytest.raises(InputError, match="already holds a checkpoint: choose another --output"):
         from_torch_file(small.path, small_directory)
+
+
+# Wrapped as people wrap them.
+
+
+PREFIXES = (
+    *("_orig_mod.", "module.", "module.module.", "module._orig_mod.", "_orig_mod.module."),
+    *("model.", "net.", "ema_model.module.", "student.backbone."),
+)
+WRAPPERS = ("net", "weights", "params", "model_state", "ema_state_dict", "state_dict", "network")
+
+
+@pytest.fixture(scope="module")
+def small_case(tmp_path_factory) -> Case:
+    return make_case(SMALL, tmp_path_factory.mktemp("small"))
+
+
+def assert_read_alike(path: Path, case: Case) -> None:
+    found = read_network(path)
+    assert found.model == case.model
+    for ours, theirs in zip(found.variables, case.network.variables, strict=True):
+        assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_any_common_prefix_is_taken_off(small_case, tmp_path, prefix):
+    wrapped = {prefix + name: tensor for name, tensor in small_case.state_dict.items()}
+    torch.save(wrapped, tmp_path / "a.pth")
+    assert_read_alike(tmp_path / "a.pth", small_case)
+    # Of Lightning: the loss has a buffer; of SWA: a counter.
+    torch.save({"state_dict": {**wrapped, "loss_fn.pos_weight": torch.ones(1)}}, tmp_path / "a.pth")
+    assert_read_alike(tmp_path / "a.pth", small_case)
+    torch.save({**wrapped, "n_averaged": torch.tensor(3)}, tmp_path / "a.pth")
+    assert_read_alike(tmp_path / "a.pth", small_case)
+    safetensors.torch.save_file(wrapped, tmp_path / "a.safetensors")
+    assert_read_alike(tmp_path / "a.safetensors", small_case)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_any_wrapper_is_opened(small_case, tmp_path, wrapper):
+    trained = copy.deepcopy(small_case.reference)
+    optimizer = torch.optim.Adam(trained.parameters())
+    for parameter in trained.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = {"epoch": 3, "optimizer": optimizer.state_dict(), wrapper: small_case.state_dict}
+    for saved in (state, {"checkpoint": state}, [small_case.state_dict]):
+        torch.save(saved, tmp_path / "a.pth")
+        assert_read_alike(tmp_path / "a.pth", small_case)
+
+
+def test_of_two_networks_it_is_said_which_was_taken(small_case, tmp_path, capsys):
+    ema = {f"module.{name}": tensor + 1 for name, tensor in small_case.state_dict.items()}
+    torch.save({"ema": ema, "model": small_case.state_dict}, tmp_path / "a.pth")
+    flags = ["convert", "--source", str(tmp_path / "a.pth"), "--output"]
+    assert main([*flags, str(tmp_path / "first")]) == 0
+    said = capsys.readouterr().err
+    assert "holds several networks: model was taken, not ema.module; choose with --entry" in said
+    assert main([*flags, str(tmp_path / "ema"), "--entry", "ema"]) == 0
+    assert "several" not in capsys.readouterr().err
+    head = {
+        name: load_checkpoint(tmp_path / name).variables.params["head/bias"]
+        for name in ("first", "ema")
+    }
+    np.testing.assert_array_equal(head["ema"], head["first"] + 1)
+    assert main([*flags, str(tmp_path / "other"), "--entry", "teacher"]) == 2
+    assert "no network as its entry teacher: give model, ema.module" in capsys.readouterr().err

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import pydicom.data
+import pydicom.filebase
+import pydicom.filewriter
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, UltrasoundImageStorage
@@ -149,6 +151,87 @@ def test_ultrasound_that_pydicom_ships(name, frames, shape, size):
     assert all(image.shape == shape and image.dtype == np.uint8 for image in images)
     assert all(np.ptp(image) > 100 for image in images)
     assert file.pixel_size_mm == (None if size is None else pytest.approx(size))
+
+
+def _raw_spacing(path: Path, text: str, *, kind: bytes = b"DS") -> Path:
+    """Writes a file whose PixelSpacing is any text, as pydicom wouldn't."""
+    content = write(path, PixelSpacing=[0.11111111, 0.22222222]).read_bytes()
+    old = b"0.11111111\\0.22222222"
+    new = text.encode().ljust(len(old))
+    assert len(new) == len(old) and b"DS\x16\0" + old.ljust(22) in content
+    path.write_bytes(content.replace(b"DS\x16\0" + old.ljust(22), kind + b"\x16\0" + new.ljust(22)))
+    return path
+
+
+@pytest.mark.parametrize("kind", [b"DS", b"LO", b"CS"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("0.1", "0,1\\0,1", "0.1 mm\\0.1 mm", "0.1\\", "\\0.1", "wide\\wide", "0.1\\0.1\\0.1"),
+        *("nan\\nan", "inf\\inf", "-0.1\\-0.1", "0\\0", "1e300\\1e300", "1000\\1000", "0.1\\nan"),
+    ],
+)
+def test_a_spacing_that_is_none_is_one_sentence(tmp_path, text, kind):
+    file = DicomFile(_raw_spacing(tmp_path / "a.dcm", text, kind=kind))
+    with pytest.raises(InputError, match=r"a\.dcm has .*give the size as --pixel-size") as error:
+        _ = file.pixel_size_mm
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("deltas", [(float("nan"),) * 2, (float("inf"),) * 2, ([0.02, 0.02],) * 2])
+def test_a_region_whose_size_is_none_is_one_sentence(tmp_path, deltas):
+    file = DicomFile(write(tmp_path / "a.dcm", SequenceOfUltrasoundRegions=[region(*deltas)]))
+    with pytest.raises(InputError, match=r"a\.dcm has .*give the size as --pixel-size"):
+        _ = file.pixel_size_mm
+
+
+def test_values_of_fewer_bits_than_are_stored_are_scaled_by_what_is_held(tmp_path):
+    gray = GRAY.copy()
+    gray[0, 0] = 255
+    deep = gray.astype(np.uint16)
+    np.testing.assert_array_equal(only_frame(write(tmp_path / "a.dcm", deep)), gray)
+    path = write(tmp_path / "b.dcm", deep << 4)
+    np.testing.assert_allclose(only_frame(path), gray, atol=1)
+    # A window says what is shown, whatever is held.
+    windowed = write(tmp_path / "c.dcm", deep, WindowCenter=128, WindowWidth=256)
+    np.testing.assert_allclose(only_frame(windowed), gray, atol=1)
+
+
+def test_a_file_without_a_preamble_is_read(tmp_path):
+    whole = write(tmp_path / "a.dcm", SequenceOfUltrasoundRegions=[region()])
+    dataset = pydicom.dcmread(whole)
+    for implicit in (True, False):
+        bare = tmp_path / f"bare{implicit}.dcm"
+        with bare.open("wb") as stream:
+            file = pydicom.filebase.DicomFileLike(stream)
+            file.is_little_endian, file.is_implicit_VR = True, implicit
+            pydicom.filewriter.write_dataset(file, dataset)
+        assert not dicom.is_dicom(bare)
+        np.testing.assert_array_equal(only_frame(bare), GRAY)
+        assert DicomFile(bare).pixel_size_mm == pytest.approx(0.2)
+
+
+def write_report(path: Path, kind: str = "1.2.840.10008.5.1.4.1.1.88.33") -> Path:
+    """A file without an image: a structured report, or a directory."""
+    dataset = pydicom.dcmread(write(path))
+    del dataset.PixelData, dataset.Rows, dataset.Columns
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = UID(kind)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("uid", "kind"),
+    [
+        ("1.2.840.10008.5.1.4.1.1.88.33", "DICOM structured report"),
+        ("1.2.840.10008.1.3.10", "DICOM directory file"),
+        ("1.2.840.10008.5.1.4.1.1.9.1.1", "DICOM file without an image"),
+    ],
+)
+def test_files_without_an_image_say_what_they_are(tmp_path, uid, kind):
+    with pytest.raises(dicom.NoImageError, match=rf"holds no image: it is a {kind}$") as error:
+        DicomFile(write_report(tmp_path / "a", uid))
+    assert error.value.kind == kind
 
 
 def test_bad_files_are_named(tmp_path):

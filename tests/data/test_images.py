@@ -1,7 +1,10 @@
+import io
 from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import pytest
 
 from fetal_flax.data import images
@@ -95,3 +98,65 @@ def test_halving_a_mask_is_symmetric():
     mask[0, 3:9] = 255
     small = images.resize_mask(mask, (1, 4))
     np.testing.assert_array_equal(small, small[:, ::-1])
+
+
+def _encoded(pixels: np.ndarray, kind: str, orientation: int | None = None) -> bytes:
+    file, exif = io.BytesIO(), PIL.Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    lossless = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100}}.get(kind, {})
+    if kind == "TIFF":
+        PIL.Image.fromarray(pixels).save(file, kind, exif=exif)
+    else:
+        PIL.Image.fromarray(pixels).save(file, kind, exif=exif.tobytes(), **lossless)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", [*range(1, 9), 0, 99])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_an_exif_orientation_is_applied_in_every_format(tmp_path: Path, kind, orientation):
+    data = _encoded(_gradient(), kind, orientation)
+    path = tmp_path / f"turned.{kind.lower()}"
+    path.write_bytes(data)
+    # Pillow turns some kinds when they are opened, others when it is asked to.
+    with PIL.Image.open(io.BytesIO(_encoded(_gradient(), "PNG", orientation))) as image:
+        shown = np.asarray(PIL.ImageOps.exif_transpose(image).convert("L"))
+    assert (orientation in (5, 6, 7, 8)) == (shown.shape != _gradient().shape)
+    np.testing.assert_allclose(images.read_gray(path), shown, atol=3)
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_is_applied(tmp_path: Path):
+    data = _encoded(_gradient(), "PNG", 6)
+    at = data.index(b"eXIf") - 4
+    length = 12 + int.from_bytes(data[at : at + 4], "big")
+    chunk, rest = data[at : at + length], data[:at] + data[at + length :]
+    (tmp_path / "a.png").write_bytes(rest[:-12] + chunk + rest[-12:])  # Before IEND.
+    expected = np.rot90(_gradient(), -1)
+    np.testing.assert_array_equal(images.read_gray(tmp_path / "a.png"), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_values_of_fewer_bits_in_16_are_scaled_by_what_is_held(tmp_path: Path, bits, suffix):
+    gray = _gradient()
+    gray[0, 0] = 255
+    path = tmp_path / f"deep.{suffix}"
+    cv2.imwrite(str(path), np.round(gray * ((2**bits - 1) / 255)).astype(np.uint16))
+    np.testing.assert_allclose(images.read_gray(path), gray, atol=1)
+    shifted = gray.astype(np.uint16) << (bits - 8)
+    cv2.imwrite(str(path), shifted)
+    np.testing.assert_allclose(images.read_gray(path), gray, atol=1)
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "GIF"])
+def test_webp_and_gif_are_read(tmp_path: Path, kind):
+    path = tmp_path / f"scan.{kind.lower()}"
+    path.write_bytes(_encoded(_gradient(), kind))
+    np.testing.assert_array_equal(images.read_gray(path), _gradient())
+    path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
+    with pytest.raises(InputError, match=r"scan\.\w+ is not an image that can be read"):
+        images.read_gray(path)
+    pages = [PIL.Image.fromarray(_gradient()), PIL.Image.fromarray(_gradient()[::-1].copy())]
+    pages[0].save(path, kind, save_all=True, append_images=pages[1:])
+    with pytest.raises(InputError, match="holds 2 images"):
+        images.read_gray(path)

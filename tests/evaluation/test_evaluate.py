@@ -12,7 +12,8 @@ from fetal_flax.checkpoints import Checkpoint, Description
 from fetal_flax.config import DataConfig, ModelConfig, TrainConfig, to_dict
 from fetal_flax.data import hc18, splits
 from fetal_flax.data.images import read_gray
-from fetal_flax.errors import InputError
+from fetal_flax.errors import InputError, InputWarning
+from fetal_flax.evaluation import evaluate as module
 from fetal_flax.evaluation.evaluate import evaluate
 from fetal_flax.inference.segmenter import Segmenter, load
 from fetal_flax.measurement.ellipse_overlap import ellipse_dice
@@ -218,6 +219,49 @@ def test_images_of_the_split_that_the_data_set_lacks_are_an_input_error(tiny_hc1
     with pytest.raises(InputError, match="805_HC"):
         evaluate(checkpoint, output=tmp_path / "out", data_dir=tiny_hc18, split="train")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_split_of_other_data_is_told_the_way_out(tiny_hc18, tmp_path):
+    checkpoint = save(tmp_path / "checkpoint")
+    sides = splits.Split(train=(0,), validation=(1,))
+    splits.write_manifest(checkpoint / "split.json", sides, ("000_HC", "805_HC"), method={})
+    with pytest.raises(InputError, match=r"take --split all, or give the data .* --data-dir"):
+        evaluate(checkpoint, data_dir=tiny_hc18, split="validation")
+
+
+def test_an_evaluation_warns_of_what_contradicts_itself(tiny_hc18, tmp_path):
+    checkpoint = save(tmp_path / "checkpoint")
+    path = tiny_hc18 / hc18.CSV
+    lines = path.read_text().splitlines()
+    name, size, _ = lines[1].split(",")
+    path.write_text("\n".join([lines[0], f"{name},{size},400", *lines[2:]]))
+    for _ in range(2):  # Also where the data set is prepared already.
+        with pytest.warns(
+            InputWarning, match=r"in 1 image\(s\).*000_HC.* has 400\.0 mm in the CSV"
+        ):
+            metrics = evaluate(checkpoint, data_dir=tiny_hc18)
+        assert metrics["n"] == 6
+
+
+def test_rows_are_kept_when_an_evaluation_is_cut_short(tiny_hc18, tmp_path, monkeypatch):
+    checkpoint, output = save(tmp_path / "checkpoint"), tmp_path / "out"
+    evaluate(checkpoint, data_dir=tiny_hc18, output=output)
+    whole = rows(output)
+    compare, seen = module.segmentation_metrics, []
+
+    def fails(*masks):
+        seen.append(None)
+        if len(seen) == 4:
+            raise RuntimeError("cut")
+        return compare(*masks)
+
+    monkeypatch.setattr(module, "segmentation_metrics", fails)
+    monkeypatch.setattr("fetal_flax._util.pipeline.available_cpus", lambda: 1)
+    with pytest.raises(RuntimeError, match="cut"):
+        evaluate(checkpoint, data_dir=tiny_hc18, output=output)
+    kept = rows(output)
+    assert list(kept) == list(whole)[:3] and all(kept[name] == whole[name] for name in kept)
+    assert not (output / "metrics.json").exists() and not (output / "report.html").exists()
 
 
 def test_a_folder_without_a_checkpoint_is_an_input_error(tiny_hc18, tmp_path):

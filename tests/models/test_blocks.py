@@ -124,6 +124,7 @@ def assert_same_block(ours: nnx.Module, theirs: nn.Module, place: Place, x: np.n
         np.testing.assert_allclose(result[...], expected[...], rtol=1e-11, err_msg=str(path))
 
 
+@pytest.mark.usefixtures("made_for")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("channels", [5, 48])
 def test_squeeze_excite_is_torchs(channels, bias):
@@ -134,6 +135,7 @@ def test_squeeze_excite_is_torchs(channels, bias):
     assert_near(y, theirs(torch_map(x)))
 
 
+@pytest.mark.usefixtures("made_for")
 @pytest.mark.parametrize("published", [False, True], ids=["described", "published"])
 @pytest.mark.parametrize("inputs", [6, 32])
 def test_residual_se_block_is_torchs(inputs, published):
@@ -144,6 +146,7 @@ def test_residual_se_block_is_torchs(inputs, published):
     assert_same_block(ours, theirs, SE_BLOCK, random_map(2, 6, 4, inputs))
 
 
+@pytest.mark.usefixtures("made_for")
 def test_separable_residual_se_block_is_torchs():
     options = {"relu_after_sum": False, "se_bias": False, "separable": True}
     ours = ResidualSEBlock(6, 32, **options, rngs=nnx.Rngs(0))
@@ -162,6 +165,7 @@ def test_aspp_without_dropout_is_torchs(sides):
     assert_same_block(ours, reference.ASPP(6, 64, 8, 0.0), BOTTLENECK, random_map(2, *sides, 6))
 
 
+@pytest.mark.usefixtures("made_for")
 def test_compact_aspp_without_dropout_is_torchs():
     ours = ASPP(6, 64, 8, pool_groups=8, separable=True, dropout=0, rngs=nnx.Rngs(0))
     theirs = reference.ASPP(6, 64, 8, 0.0, compact=True)

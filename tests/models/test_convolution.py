@@ -15,6 +15,7 @@ from fetal_flax.models.convolution import (
     convolution,
     crop_kernel_to_input,
     depthwise_by_shifts,
+    depthwise_on_gpu,
     nhwc_convolution,
     plain_convolution,
     up_convolution_3x3,
@@ -102,7 +103,7 @@ def test_nhwc_convolution_and_its_own_gradients_equal_the_plain_form(size, taps,
     )
 
 
-@pytest.mark.parametrize("form", [nhwc_convolution, depthwise_by_shifts])
+@pytest.mark.parametrize("form", [nhwc_convolution, depthwise_by_shifts, depthwise_on_gpu])
 def test_weight_gradient_of_bfloat16_is_summed_in_float32(form):
     # 256 + 1 is 256 in bfloat16, whose eight bits would lose every row but the first.
     x = jnp.ones((1, 512, 1, 1), jnp.bfloat16).at[0, 0].set(256)
@@ -111,6 +112,13 @@ def test_weight_gradient_of_bfloat16_is_summed_in_float32(form):
     _, by_kernel = pullback(jnp.ones((1, 512, 1, 1), jnp.bfloat16))
     assert by_kernel.dtype == jnp.bfloat16
     assert float(by_kernel[0, 0, 0, 0]) == pytest.approx(256 + 511, rel=2**-8)
+
+
+def test_a_depthwise_convolution_of_bfloat16_is_summed_in_float32():
+    # In bfloat16, 256 + 1 is 256, tap for tap.
+    x = jnp.ones((1, 3, 3, 1), jnp.bfloat16).at[0, 0, 0].set(256)
+    y = depthwise_on_gpu(1, 1, x, jnp.ones((3, 3, 1, 1), jnp.bfloat16))
+    assert float(y[0, 1, 1, 0]) == 264
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 6, 12, 18])
@@ -182,6 +190,7 @@ def test_dilation_of_12_on_a_map_of_8_is_a_convolution_1x1():
     [(1, 1, False), (1, 2, False), (3, 1, False), (3, 2, False), (3, 1, True), (3, 2, True)],
 )
 @pytest.mark.parametrize("sides", [(8, 6), (7, 5)])
+@pytest.mark.usefixtures("made_for")
 def test_convolution_equals_the_plain_form_whatever_it_picks(sides, size, stride, depthwise):
     x = _random(2, *sides, 4)
     kernel = _random(size, size, 1 if depthwise else 4, 4 if depthwise else 3, seed=1)

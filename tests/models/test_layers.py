@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from flax import nnx
 
 from fetal_flax.errors import InputError
 from fetal_flax.models.aspp import ASPP
-from fetal_flax.models.layers import BatchNorm, Conv, UpConv, broadcast_to_map
+from fetal_flax.models.layers import BatchNorm, Conv, UpConv, broadcast_to_map, normalize
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_batch_norm_is_torchs_in_evaluation():
     assert all((after[name] == before[name]).all() for name in before)
 
 
-@pytest.mark.usefixtures("float64")
+@pytest.mark.usefixtures("float64", "made_for")
 def test_batch_norm_is_torchs_in_training_and_so_are_its_running_statistics():
     ours, theirs = _random_norm(6)
     theirs.train()
@@ -137,7 +138,7 @@ def test_conv_of_several_maps_is_that_of_their_concatenation(size):
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.usefixtures("float64")
+@pytest.mark.usefixtures("float64", "made_for")
 def test_batch_norm_has_torchs_gradients(train):
     ours, theirs = _random_norm(4)
     x, weights = _random(3, 4, 5, 4), _random(3, 4, 5, 4, seed=1)
@@ -158,15 +159,46 @@ def test_batch_norm_has_torchs_gradients(train):
     _assert_near(by_params["bias"][...], theirs.bias.grad, 1e-11)
 
 
-def test_batch_norm_keeps_its_digits_far_from_zero():
+def test_batch_norm_keeps_its_digits_far_from_zero(made_for):
     x = np.float32(1000 + 0.1 * _random(4, 8, 8, 3))
     norm = BatchNorm(3)
+    if made_for == "gpu":
+        # Ten deviations off are not too many.
+        norm.mean.set_value(jnp.full(3, 999, jnp.float32))
     y = norm(jnp.asarray(x), train=True)
     wide = x.astype(np.float64)
     var = 0.9 + 0.1 * wide.var((0, 1, 2), ddof=1)
     np.testing.assert_allclose(norm.var[...], var, rtol=1e-6)
     expected = (wide - wide.mean((0, 1, 2))) / np.sqrt(wide.var((0, 1, 2)) + 1e-5)
     np.testing.assert_allclose(y, expected, atol=1e-2)
+
+
+def test_on_a_gpu_no_sum_of_a_batch_norms_statistics_waits_for_another(made_for):
+    """So they are taken in one pass over the map, and in one collective."""
+    vector = jnp.ones(3)
+    jaxpr = jax.make_jaxpr(lambda x: normalize(x, vector, vector, vector)[1:])(
+        jnp.ones((2, 4, 4, 3))
+    )
+    longest = max(_sums_in_a_row(jaxpr.jaxpr, [0]))
+    assert longest == (1 if made_for == "gpu" else 2)
+
+
+def _sums_in_a_row(jaxpr: jax.extend.core.Jaxpr, before: list[int]) -> list[int]:
+    """Returns behind how many sums, one after the other, each output stands."""
+    rows = dict(zip(jaxpr.invars, before, strict=True))
+
+    def row(variable) -> int:
+        return 0 if isinstance(variable, jax.extend.core.Literal) else rows.get(variable, 0)
+
+    for equation in jaxpr.eqns:
+        inputs = list(map(row, equation.invars))
+        inner = equation.params.get("call_jaxpr") or equation.params.get("jaxpr")
+        summed = equation.primitive.name == "reduce_sum"
+        outputs = [max(inputs, default=0) + summed] * len(equation.outvars)
+        if inner is not None:
+            outputs = _sums_in_a_row(inner.jaxpr, inputs)
+        rows |= zip(equation.outvars, outputs, strict=True)
+    return list(map(row, jaxpr.outvars))
 
 
 def test_batch_norm_of_bfloat16_takes_its_statistics_in_float32():

@@ -272,6 +272,16 @@ def test_resuming_with_other_data_is_refused(small_config, tmp_path):
         train(small_config(), workdir, resume=True)
 
 
+def test_a_relative_data_folder_is_kept_absolute(small_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = small_config(epochs=1)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir="ok"))
+    train(config, tmp_path / "run")
+    assert read_config(tmp_path / "run").data.data_dir == str(tmp_path / "ok")
+    described = checkpoints.load_checkpoint(tmp_path / "run").metadata.config
+    assert described is not None and described["data"]["data_dir"] == str(tmp_path / "ok")
+
+
 def test_resuming_nothing_is_refused(small_config, tmp_path):
     with pytest.raises(InputError, match="no run"):
         train(small_config(), tmp_path / "nothing", resume=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from fetal_flax._util.backend import programs_for
 from fetal_flax.config import (
     AugmentationConfig,
     DataConfig,
@@ -27,7 +28,7 @@ from fetal_flax.models.functional import Variables
 from fetal_flax.training import losses
 from fetal_flax.training.compile import Programs, create_programs, create_state
 from fetal_flax.training.sharding import create_mesh, replicated
-from fetal_flax.training.step import TrainState, initial_state, network_of
+from fetal_flax.training.step import TrainState, all_finite, initial_state, network_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -139,6 +140,40 @@ def test_one_device_and_two_agree_on_the_default_network(make_batch):
     """On eight, XLA's collectives wait for each other for ever where there are but two cores."""
     batches = [make_batch(8, 64, 64, seed) for seed in range(3)]
     _assert_devices_agree_in_float64(DEFAULT, batches, devices=2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        UNET,
+        pytest.param(DEFAULT, marks=pytest.mark.slow),
+        pytest.param(
+            TrainConfig(
+                model=ModelConfig(variant="compact"), encoder=EncoderConfig(trainable=True)
+            ),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["unet", "described", "compact, trainable encoder"],
+)
+def test_a_gpus_step_is_a_cpus_in_float64(config, make_batch):
+    batches = [make_batch(4, 64, 64, seed) for seed in range(2)]
+    with jax.enable_x64(True):
+        ours = _train(config, batches, dtype=jnp.float64)
+        with programs_for("gpu"):
+            theirs = _train(config, batches, dtype=jnp.float64)
+        _assert_near(theirs.state.params, ours.state.params, 1e-9)
+        _assert_near(theirs.state.batch_stats, ours.state.batch_stats, 1e-9)
+        assert theirs.metrics == [pytest.approx(m, rel=1e-9) for m in ours.metrics]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.usefixtures("made_for")
+def test_one_number_that_is_not_finite_is_found(value):
+    gradients = {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}
+    assert all_finite((jnp.ones(()), gradients))
+    assert not all_finite((jnp.asarray(value), gradients))
+    assert not all_finite((jnp.ones(()), gradients | {"b": jnp.ones(4).at[2].set(value)}))
 
 
 def test_a_step_is_traced_once_whatever_the_learning_rate_and_pos_weight(monkeypatch, make_batch):

@@ -27,6 +27,11 @@ def test_calls_run_at_the_same_time():
     assert len(list(map_in_threads(lambda _: together.wait(), range(3)))) == 3
 
 
+def test_the_caller_may_say_how_many_threads_there_are():
+    together = threading.Barrier(5, timeout=30)
+    assert len(list(map_in_threads(lambda _: together.wait(), range(5), 5))) == 5
+
+
 def test_an_endless_sequence_is_taken_a_little_ahead():
     taken = []
     results = map_in_threads(lambda item: item, map(taken.append, itertools.count()))

@@ -14,9 +14,10 @@ from fetal_flax.data.hc18.folder import (
     find_records,
     fingerprint,
     load,
+    warn_of_contradictions,
 )
 from fetal_flax.data.hc18.measurements import COLUMNS, CSV, MOST_MM, read_pixel_sizes
-from fetal_flax.data.hc18.outlines import fill_outline
+from fetal_flax.data.hc18.outlines import contradiction, fill_outline
 from fetal_flax.data.hc18.zenodo import download
 
 __all__ = [
@@ -25,10 +26,12 @@ __all__ = [
     "IMAGES",
     "MOST_MM",
     "HC18Record",
+    "contradiction",
     "download",
     "fill_outline",
     "find_records",
     "fingerprint",
     "load",
     "read_pixel_sizes",
+    "warn_of_contradictions",
 ]

@@ -5,6 +5,8 @@ import dataclasses
 import hashlib
 import os
 import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,13 @@ from fetal_flax.data.hc18.measurements import (
     COLUMNS,
     CSV,
     PROBLEMS_NAMED,
+    find_rows,
     positive_mm,
     read_rows,
 )
-from fetal_flax.data.hc18.outlines import fill_outline
+from fetal_flax.data.hc18.outlines import contradiction, fill_outline
 from fetal_flax.data.images import read_gray
-from fetal_flax.errors import InputError
+from fetal_flax.errors import InputError, InputWarning
 
 IMAGES = "training_set"
 _IMAGE_NAME = re.compile(r"(\d+)_\d*HC\.png")
@@ -51,25 +54,31 @@ def find_records(folder: Path | str) -> tuple[HC18Record, ...]:
     Returns:
         The images, sorted by name.
 
+    Warns:
+        InputWarning: A row of the CSV contradicts its image's annotation.
+
     Raises:
         InputError: The layout is another, or images are unreadable, without an annotation that
             can be filled, of another size than it, or without a row in the CSV. One error names
             them all (the first ten).
     """
     images, csv_path = _locate(Path(folder))
-    rows, problems = read_rows(csv_path)
+    rows, faults = read_rows(csv_path)
     records = []
-    for path in sorted(images.iterdir()):
+    paths = [path for path in sorted(images.iterdir()) if _IMAGE_NAME.fullmatch(path.name)]
+    rows = find_rows(rows, [path.name for path in paths])
+    problems = [problem for name, problem in faults if name in rows]
+    for path in paths:
         match = _IMAGE_NAME.fullmatch(path.name)
-        if not match:
-            continue
+        assert match
         try:
             records.append(_record(path, match[1], rows))
         except InputError as error:
             problems.append(f"{path.name} {error}")
     if not records and not problems:
         raise InputError(f"{images} holds no HC18 image (NNN_HC.png)")
-    problems += _loading_problems(records)
+    loaded, contradictions = _load_all(records)
+    problems += loaded
     if problems:
         named = "; ".join(problems[:PROBLEMS_NAMED])
         more = len(problems) - PROBLEMS_NAMED
@@ -77,7 +86,26 @@ def find_records(folder: Path | str) -> tuple[HC18Record, ...]:
             f"{len(problems)} problem(s) in {folder}: {named}"
             + (f"; and {more} more" if more > 0 else "")
         )
+    if contradictions:
+        warn_of_contradictions(folder, contradictions)
     return tuple(records)
+
+
+def warn_of_contradictions(folder: Path | str | None, contradictions: Sequence[str]) -> None:
+    """Warns of images whose annotation and row in the CSV contradict each other.
+
+    Args:
+        folder: The data set's, if it is known.
+        contradictions: A sentence for each image, without its end.
+    """
+    more = len(contradictions) - PROBLEMS_NAMED
+    sentence = (
+        f"{folder or 'HC18'}: outline and CSV contradict each other in {len(contradictions)} "
+        f"image(s), see to pixel sizes, circumferences and annotations: "
+        f"{'; '.join(contradictions[:PROBLEMS_NAMED])}"
+    )
+    more_words = f"; and {more} more" if more > 0 else ""
+    warnings.warn(InputWarning(sentence + more_words), stacklevel=3)
 
 
 def load(
@@ -121,7 +149,10 @@ def fingerprint(folder: Path | str) -> str:
 def _locate(folder: Path) -> tuple[Path, Path]:
     """Returns the folder of the images and the path of the CSV."""
     if not folder.is_dir():
-        raise InputError(f"no such HC18 folder: {folder}")
+        raise InputError(
+            f"no such HC18 folder: {folder}; give the right one (train: --data.data-dir, evaluate: "
+            "--data-dir, data prepare: --source)"
+        )
     images = folder / IMAGES if (folder / IMAGES).is_dir() else folder
     for csv_path in (folder / CSV, images / CSV, images.parent / CSV):
         if csv_path.is_file():
@@ -140,16 +171,18 @@ def _record(path: Path, examination: str, rows: dict[str, dict[str, str]]) -> HC
     return HC18Record(path.stem, examination, path, annotation, pixel_size, circumference)
 
 
-def _loading_problems(records: list[HC18Record]) -> list[str]:
-    """Loads every record and returns the messages of those that fail."""
+def _load_all(records: list[HC18Record]) -> tuple[list[str], list[str]]:
+    """Loads every record; returns the messages of those that fail, and of contradictions."""
 
-    def problem(record: HC18Record) -> str | None:
+    def look(record: HC18Record) -> tuple[str | None, str | None]:
         try:
-            load(record)
+            _, mask = load(record)
         except InputError as error:
-            return str(error)
-        return None
+            return str(error), None
+        wrong = contradiction(mask > 0, record.pixel_size_mm, record.head_circumference_mm)
+        return None, wrong and f"{record.image_path.name} {wrong}"
 
     with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
-        messages = track(pool.map(problem, records), "Checking HC18", len(records))
-        return [message for message in messages if message]
+        looks = list(track(pool.map(look, records), "Checking HC18", len(records)))
+    failures, contradictions = zip(*looks, strict=True) if looks else ((), ())
+    return [*filter(None, failures)], [*filter(None, contradictions)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fetal_flax.data import hc18
-from fetal_flax.errors import InputError
+from fetal_flax.errors import InputError, InputWarning
 
 
 def _csv_rows(folder: Path) -> list[list[str]]:
@@ -169,3 +169,74 @@ def test_real_folder(shared_dir: Path):
     records = hc18.find_records(shared_dir / "hc18")
     assert len(records) == 805
     assert len({record.examination for record in records}) == 644
+
+
+def _fill(path: Path, *, value: int = 255) -> None:
+    outline = cv2.imread(str(path), 0)
+    assert outline is not None
+    cv2.imwrite(str(path), hc18.fill_outline(outline) // 255 * value)
+
+
+@pytest.mark.parametrize("value", [255, 1, 100])
+def test_masks_that_are_filled_already_are_masks(tiny_hc18: Path, value: int):
+    records = hc18.find_records(tiny_hc18)
+    masks = [hc18.load(record)[1] for record in records]
+    for record in records:
+        _fill(record.annotation_path, value=value)
+    for record, mask in zip(hc18.find_records(tiny_hc18), masks, strict=True):
+        np.testing.assert_array_equal(hc18.load(record)[1], mask)
+
+
+def test_outlines_of_ones_are_outlines(tiny_hc18: Path):
+    records = hc18.find_records(tiny_hc18)
+    masks = [hc18.load(record)[1] for record in records]
+    for record in records:
+        outline = cv2.imread(str(record.annotation_path), 0)
+        assert outline is not None
+        cv2.imwrite(str(record.annotation_path), (outline > 127).astype(np.uint16))
+    for record, mask in zip(hc18.find_records(tiny_hc18), masks, strict=True):
+        np.testing.assert_array_equal(hc18.load(record)[1], mask)
+
+
+def test_an_annotation_all_over_the_image_is_named(tiny_hc18: Path):
+    path = tiny_hc18 / hc18.IMAGES / "001_HC_Annotation.png"
+    cv2.imwrite(str(path), np.full((108, 160), 255, np.uint8))
+    with pytest.raises(InputError, match=r"001_HC_Annotation.png is white all over"):
+        hc18.find_records(tiny_hc18)
+
+
+def _one_circumference(folder: Path) -> None:
+    for name in ("000_HC", "001_HC", "003_HC"):
+        _edit_csv(folder, f"{name}.png", 2, "175.5")
+
+
+def _swap(folder: Path) -> None:
+    images = folder / hc18.IMAGES
+    a, b = (images / f"{name}_Annotation.png" for name in ("000_HC", "001_2HC"))
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+
+
+def _wrong_pixel_size(folder: Path) -> None:
+    _edit_csv(folder, "003_HC.png", 1, "0.62")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_one_circumference, ["000_HC", "003_HC"]),
+        (_swap, ["000_HC", "001_2HC"]),
+        (_wrong_pixel_size, ["003_HC"]),
+    ],
+)
+def test_a_csv_that_contradicts_the_outlines_is_named(tiny_hc18: Path, change, named):
+    change(tiny_hc18)
+    with pytest.warns(InputWarning, match="outline and CSV contradict each other") as warned:
+        records = hc18.find_records(tiny_hc18)
+    assert len(records) == 6
+    said = str(warned[0].message)
+    assert said.isprintable()
+    for name in named:
+        assert f"{name}.png has " in said
+    assert "002_HC" not in said

@@ -1,0 +1,296 @@
+"""The page's JavaScript against Python: function by function in node, and whole in Chromium."""
+
+import csv
+import re
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from fetal_flax.checkpoints import load_checkpoint
+from fetal_flax.data.images import decode_gray, resize_image
+from fetal_flax.data.phantoms import make_phantom
+from fetal_flax.export import ExportSettings, onnx_model
+from fetal_flax.export.web import write_page
+from fetal_flax.inference.assessment import assess, native_mask
+from fetal_flax.inference.predict import predict
+from fetal_flax.measurement.ellipse import Ellipse
+from fetal_flax.measurement.gestational_age import gestational_age
+from fetal_flax.measurement.head import OUTLINE_PX, measure_head
+
+NETWORK = "hc18-compact"
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def uneven_masks(count: int, seed: int = 0) -> list[np.ndarray]:
+    """Ellipses with an uneven edge, further regions and holes; some leave the image."""
+    rng = np.random.default_rng(seed)
+    masks = []
+    for _ in range(count):
+        height, width = rng.integers(90, 260, 2)
+        center = (int(rng.uniform(0.2, 0.8) * width), int(rng.uniform(0.2, 0.8) * height))
+        axes = (int(rng.integers(15, width // 2)), int(rng.integers(15, height // 2)))
+        mask = np.zeros((height, width), np.float32)
+        cv2.ellipse(mask, center, axes, float(rng.uniform(0, 180)), 0, 360, 1, -1)
+        noise = rng.normal(size=mask.shape).astype(np.float32)
+        mask += 4 * cv2.GaussianBlur(noise, (0, 0), 5)
+        masks.append(mask > 0.5)
+    return masks
+
+
+def hc18_masks(shared_dir: Path) -> list[np.ndarray]:
+    """Annotated masks of HC18, filled."""
+    masks = []
+    for path in sorted((shared_dir / "hc18/training_set").glob("*_Annotation.png"))[::33]:
+        outline = decode_gray(path.read_bytes())
+        contours, _ = cv2.findContours(outline, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        mask = np.zeros_like(outline)
+        cv2.drawContours(mask, contours, -1, 255, cv2.FILLED)
+        masks.append(mask > 0)
+    return masks
+
+
+def check_heads(masks, outline_px, call_in_node) -> None:
+    calls = [("measureHead", mask, outline_px) for mask in masks]
+    for mask, found in zip(masks, call_in_node("measurement.js", calls), strict=True):
+        head = measure_head(mask, outline_px=outline_px)
+        if head is None:
+            assert found is None
+            continue
+        assert found["touchesBorder"] == head.touches_border
+        assert found["components"] == head.components
+        assert found["ellipseAgreement"] == pytest.approx(head.ellipse_agreement, abs=1e-4)
+        for name, ellipse in (("ellipse", head.ellipse), ("edgeEllipse", head.edge_ellipse)):
+            theirs = Ellipse(*(found[name][key] for key in ELLIPSE))
+            # Pixels; OpenCV returns float32.
+            np.testing.assert_allclose(
+                theirs.points(*CIRCLE), ellipse.points(*CIRCLE), rtol=0, atol=2e-3
+            )
+            assert theirs.circumference == pytest.approx(ellipse.circumference, abs=2e-3)
+
+
+ELLIPSE = ("centerX", "centerY", "semiMajor", "semiMinor", "angle")
+TURN = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+# Half a turn brings an ellipse back to itself, and its angle from pi/2 to -pi/2.
+CIRCLE = (np.cos(TURN), np.sin(TURN))
+
+
+def test_images_are_resized_to_the_same_grey_levels(call_in_node):
+    rng = np.random.default_rng(0)
+    sizes = ((540, 800), (571, 799), (256, 256), (100, 90), (37, 301), (128, 128), (64, 900))
+    images = [rng.integers(0, 256, size, np.uint8) for size in sizes]
+    calls = [("resizeImage", image, 128, 128) for image in images]
+    for image, resized in zip(images, call_in_node("measurement.js", calls), strict=True):
+        np.testing.assert_array_equal(resized, resize_image(image, (128, 128)))
+
+
+def test_colour_becomes_the_same_grey(call_in_node):
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 256, (64, 96, 4), np.uint8)
+    [gray] = call_in_node("measurement.js", [("luma", rgba.ravel().tolist(), 96, 64)])
+    encoded = cv2.imencode(".png", cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA))[1].tobytes()
+    np.testing.assert_array_equal(gray, decode_gray(encoded))
+
+
+def test_logits_give_the_same_mask(call_in_node):
+    rng = np.random.default_rng(0)
+    shapes = ((540, 800), (100, 90), (256, 256), (128, 128))
+    logits = [rng.normal(size=(128, 128)).astype(np.float32) for _ in shapes]
+    calls = [("nativeMask", map_, *shape) for map_, shape in zip(logits, shapes, strict=True)]
+    results = call_in_node("measurement.js", calls)
+    for map_, shape, mask in zip(logits, shapes, results, strict=True):
+        np.testing.assert_array_equal(mask, native_mask(map_, shape))
+
+
+def test_heads_in_uneven_masks(call_in_node):
+    check_heads(uneven_masks(40), 1.4, call_in_node)
+
+
+def test_heads_in_noise_lines_and_empty_masks(call_in_node):
+    rng = np.random.default_rng(0)
+    masks = [rng.random((60, 80)) < share for share in (0.1, 0.3, 0.5, 0.6, 0.7, 0.9)]
+    masks += [np.zeros((20, 20), bool), np.ones((20, 20), bool)]
+    for thickness in range(1, 6):
+        line = np.zeros((30, 30), bool)
+        line[5 : 5 + thickness, 7:20] = True
+        masks.append(line)
+    check_heads(masks, 0.0, call_in_node)
+
+
+def test_heads_of_phantoms(call_in_node):
+    masks = [make_phantom(0, index, height=270, width=400).mask > 0 for index in range(12)]
+    check_heads(masks, OUTLINE_PX["fetal_phantom"], call_in_node)
+
+
+def test_heads_of_hc18(call_in_node, shared_dir):
+    check_heads(hc18_masks(shared_dir), OUTLINE_PX["hc18"], call_in_node)
+
+
+def test_flags_and_confidence(call_in_node):
+    rng = np.random.default_rng(1)
+    logits = []
+    for sharpness in (0.02, 0.1, 0.4, 3):
+        for mask in uneven_masks(4, seed=int(100 * sharpness)):
+            small = cv2.resize(mask.astype(np.float32), (64, 64)) - 0.5
+            noise = 0.01 * rng.normal(size=small.shape)
+            logits.append((20 * sharpness * (small + noise)).astype(np.float32))
+    logits.append(np.full((64, 64), -3, np.float32))
+    results = call_in_node("measurement.js", [("assess", map_, 135, 200, 1.4) for map_ in logits])
+    flags = set()
+    for map_, found in zip(logits, results, strict=True):
+        expected = assess(map_, (135, 200), outline_px=1.4)
+        assert found["flags"] == list(expected.flags)
+        assert found["confidence"] == pytest.approx(expected.quality.confidence, abs=1e-12)
+        flags |= {*expected.flags}
+    assert len(flags) == 5
+
+
+def test_circumference_of_thin_and_round_ellipses(call_in_node):
+    minors = [0.001, 0.1, 1.0, 25.0, 99.0, 100.0]
+    calls = [("circumference", {"semiMajor": 100.0, "semiMinor": minor}) for minor in minors]
+    expected = [Ellipse(0, 0, 100.0, minor, 0).circumference for minor in minors]
+    np.testing.assert_allclose(call_in_node("measurement.js", calls), expected, rtol=1e-12)
+
+
+def test_gestational_age(call_in_node):
+    values = [0.0, 67.9, 68.0, 147.4, 147.5, 221.5, 300.0, 326.5, 360.0, 360.1]
+    ages = call_in_node("measurement.js", [("gestationalAge", value) for value in values])
+    for value, age in zip(values, ages, strict=True):
+        expected = gestational_age(value)
+        assert age == (expected and pytest.approx(expected._asdict()))
+
+
+def test_the_outline_runs_around_the_mask(call_in_node):
+    masks = [*uneven_masks(6), np.eye(5, dtype=bool), np.zeros((4, 4), bool)]
+    paths = call_in_node("drawing.js", [("outlinePath", mask) for mask in masks])
+    for mask, path in zip(masks, paths, strict=True):
+        crossings = np.zeros((mask.shape[0], mask.shape[1] + 1), int)
+        for ring in re.findall(r"M([^Z]*)Z", path):
+            corners = [tuple(map(float, corner.split())) for corner in ring.split("L")]
+            for (x, y), (to_x, to_y) in zip(corners, [*corners[1:], corners[0]], strict=True):
+                assert abs(x - to_x) + abs(y - to_y) == 1
+                if x == to_x:
+                    crossings[int(min(y, to_y) + 0.5), int(x + 0.5)] += 1
+        # A pixel is inside where a ray from the left has crossed the path an odd number of times.
+        np.testing.assert_array_equal(np.cumsum(crossings, axis=1)[:, :-1] % 2, mask)
+
+
+def test_pixel_sizes_are_read_from_a_csv(call_in_node):
+    text = '\ufefffilename,pixel size(mm),head circumference (mm)\r\na.png,0.07,1\r\n"b",1e-1,2\r\n'
+    [sizes] = call_in_node("csv.js", [("readPixelSizes", text)])
+    assert sizes == {"a.png": 0.07, "b": 0.1}
+
+
+@pytest.fixture(scope="module")
+def page(onnxruntime_web, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "measure.html"
+    checkpoint = load_checkpoint(NETWORK)
+    model = onnx_model(checkpoint, ExportSettings(input_dtype="uint8")).SerializeToString()
+    write_page(checkpoint, model, onnxruntime_web, path)
+    return path
+
+
+MEASURED = "document.getElementById('status').textContent.startsWith('Measured')"
+
+
+@pytest.mark.slow
+def test_the_page_measures_as_python_does(page, open_page, shared_dir, tmp_path):
+    hc18 = shared_dir / "hc18"
+    names = sorted((hc18 / "training_set").glob("*HC.png"))[::40]
+    sizes = hc18 / "training_set_pixel_size_and_HC.csv"
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in names:
+        (images / path.name).symlink_to(path)
+    predict(Path(NETWORK), images, tmp_path / "python", pixel_size_csv=sizes)
+    expected = read_csv(tmp_path / "python" / "measurements.csv")
+
+    browser = open_page(page)
+    browser.save_downloads(tmp_path)
+    browser.choose(sizes, *names)
+    browser.wait(MEASURED)
+    browser.evaluate("document.getElementById('download').click()")
+    end = time.monotonic() + 30
+    while not (tmp_path / "measurements.csv").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    found = read_csv(tmp_path / "measurements.csv")
+
+    assert len(found) == len(expected) > 15
+    for ours, theirs in zip(expected, found, strict=True):
+        assert theirs["name"] == ours["name"]
+        assert theirs["flags"] == ours["flags"], ours["name"]
+        assert theirs["components"] == ours["components"], ours["name"]
+        assert theirs["touches_border"] == ours["touches_border"], ours["name"]
+        assert theirs["pixel_size_mm"] == ours["pixel_size_mm"]
+        for column in ("hc_mm", "bpd_mm", "ofd_mm"):
+            difference = abs(float(theirs[column]) - float(ours[column]))
+            assert difference < 0.3, (ours["name"], column, difference)
+    assert all(url.startswith(("file:", "blob:")) for url in browser.requests), browser.requests
+    assert browser.complaints == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_at_the_width_of_a_phone_and_a_desk(page, open_page, shared_dir, tmp_path, width):
+    folder = shared_dir / "hc18/training_set"
+    broken = tmp_path / f"broken{'_and_with_a_long_name' * 5}.png"
+    broken.write_text("no image")
+    long_name = tmp_path / f"image{'_with_a_long_name' * 5}.png"
+    long_name.symlink_to(folder / "000_HC.png")
+    browser = open_page(page, width=width, dark=width == 390)
+    browser.choose(folder / "603_HC.png", broken, long_name)
+    browser.wait(MEASURED)
+    text = "document.getElementById('{}').textContent"
+    assert browser.evaluate(text.format("problems")) == (
+        f"{broken.name} is no image that this browser can read: give PNG or JPEG."
+    )
+    assert browser.evaluate(text.format("hc")).endswith(" px")
+
+    # The scale bar: two clicks, then a step by the keyboard.
+    browser.evaluate("document.getElementById('use-scale').click()")
+    left, top, shown = browser.evaluate(
+        "(() => { const canvas = document.getElementById('canvas');"
+        "canvas.scrollIntoView({block: 'center'});"
+        "const box = canvas.getBoundingClientRect(); return [box.left, box.top, box.width] })()"
+    )
+    for share in (0.25, 0.75):
+        browser.click(left + share * shown, top + 20)
+    size = "document.getElementById('pixel-size').value"
+    assert float(browser.evaluate(size)) == pytest.approx(10 / 400, abs=1e-4)
+    browser.press("ArrowLeft", shift=True)
+    assert float(browser.evaluate(size)) == pytest.approx(10 / 390, abs=1e-4)
+    browser.evaluate("document.getElementById('distance').select()")
+    browser.call("Input.insertText", text="50")
+    assert float(browser.evaluate(size)) == pytest.approx(50 / 390, abs=1e-3)
+    assert re.fullmatch(r"1\d\d\.\d mm", browser.evaluate(text.format("hc")))
+    assert re.search(r"\d\dw \dd", browser.evaluate(text.format("age")))
+
+    # Typed, it holds for all images, and a word is refused.
+    browser.evaluate("document.getElementById('pixel-size').select()")
+    browser.call("Input.insertText", text="0,2")
+    column = "[...document.querySelectorAll('#rows tr')].map(row => row.cells[5].textContent)"
+    assert browser.evaluate(column) == ["0.2000", "0.2000"]
+    browser.evaluate("document.getElementById('pixel-size').select()")
+    browser.call("Input.insertText", text="much")
+    assert "between 0 and 1000" in browser.evaluate(text.format("pixel-size-problem"))
+
+    # Nothing lies on another or leaves the window.
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    boxes = browser.evaluate(
+        "[...document.querySelectorAll('header, .choose, .card, footer')].map(part => {"
+        "const box = part.getBoundingClientRect();"
+        "return [box.left, box.top, box.right, box.bottom] })"
+    )
+    for index, (left, top, right, bottom) in enumerate(boxes):
+        assert left >= 0 and right <= width
+        for other in boxes[index + 1 :]:
+            apart = right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
+            assert apart, boxes
+    browser.picture(tmp_path / f"page_{width}.png")
+    assert browser.complaints == []
