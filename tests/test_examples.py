@@ -2,6 +2,9 @@
 
 import ast
 import importlib.util
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +36,7 @@ def run(name: str, monkeypatch, *flags: str) -> None:
 
 def test_every_example_is_run_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
-        *("measure_scan", "lift_a_block", "own_training_loop"),
+        *("measure_scan", "lift_a_block", "fine_tune", "own_training_loop"),
     }
 
 
@@ -76,3 +79,28 @@ def test_a_lifted_block_learns_and_needs_nothing_else_of_ours(monkeypatch, capsy
     run("lift_a_block", monkeypatch)
     values = losses(capsys.readouterr().out)
     assert values[-1] < 0.5 * values[0]
+
+
+@pytest.mark.slow
+def test_a_network_is_fine_tuned_on_a_folder_and_measured_on_what_was_put_aside(
+    tiny_hc18, tmp_path
+):
+    config = ff.ModelConfig(name="unet", base_width=2)
+    begin = ff.Checkpoint(ff.init(config, seed=0), ff.Description("network", config, (32, 48)))
+    ff.save_checkpoint(tmp_path / "begin", begin)
+    flags = ["--begin", "begin", "--epochs", "2", "--batch-size", "2", "--output", "run"]
+    ran = subprocess.run(
+        [sys.executable, EXAMPLES / "fine_tune.py", str(tiny_hc18), *flags],
+        cwd=tmp_path,
+        # One device: six images make no batch for eight.
+        env={**os.environ, "XLA_FLAGS": "", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    before, after = (line for line in ran.stdout.splitlines() if " mm off" in line)
+    assert before.startswith("before, on 6 images: Dice 0.")
+    images = int(re.match(r"after, on (\d) images: Dice 0\.", after)[1])
+    assert 0 < images < 6
+    trained = ff.load_checkpoint(tmp_path / "run")
+    assert (trained.config, trained.image_size) == (config, (32, 48))
