@@ -104,7 +104,7 @@ def main() -> None:
         sys.exit(f"no compiler for GPUs ({error}): pip install -e '.[gpu-plan]'")
     compiled = compile_for(gpus, options)
     if options.hlo:
-        options.hlo.write_text(compiled.as_text())
+        options.hlo.write_text(program_text(compiled))
     plan = weigh(compiled, options)
     print(table(plan))
     if options.json:
@@ -149,9 +149,16 @@ def compile_for(gpus: Any, options: argparse.Namespace) -> jax.stages.Compiled:
         return create_programs(config, create_mesh(gpus)).train_chunk.lower(*arguments).compile()
 
 
+def program_text(compiled: jax.stages.Compiled) -> str:
+    """Returns the optimised program."""
+    text = compiled.as_text()
+    assert text is not None
+    return text
+
+
 def weigh(compiled: jax.stages.Compiled, options: argparse.Namespace) -> Plan:
     """Counts what a compiled program does."""
-    kernels = Program(compiled.as_text(), str(Path(fetal_flax.__file__).parent)).step()
+    kernels = Program(program_text(compiled), str(Path(fetal_flax.__file__).parent)).step()
     collectives = [kernel for kernel in kernels if kernel.collective]
     moved, flops = (sum(getattr(k, name) for k in kernels) for name in ("bytes", "flops"))
     between = sum(kernel.bytes for kernel in collectives)

@@ -19,6 +19,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pydicom
+import pydicom.dataelem
+import pydicom.tag
 import safetensors.numpy
 
 from fetal_flax.checkpoints import shipped

@@ -45,6 +45,8 @@ import hypothesis
 import jax
 import numpy as np
 import pydicom
+import pydicom.dataset
+import pydicom.uid
 import safetensors.numpy
 import torch
 from hypothesis import strategies as st

@@ -100,6 +100,7 @@ def test_a_network_is_fine_tuned_on_a_folder_and_measured_on_what_was_put_aside(
     assert ran.returncode == 0, ran.stderr
     before, after = (line for line in ran.stdout.splitlines() if " mm off" in line)
     assert before.startswith("before, on 6 images: Dice 0.")
-    assert re.match(r"after, on [1-5] images: Dice 0\.", after)
+    told = re.match(r"after, on (\d) images: Dice 0\.", after)
+    assert told and 0 < int(told[1]) < 6
     trained = ff.load_checkpoint(tmp_path / "run")
     assert (trained.config, trained.image_size) == (config, (32, 48))

@@ -115,7 +115,7 @@ def metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """
     description = checkpoint.metadata
     return {
-        "network": description.title,
+        "network": description.model.title,
         "model": json.dumps(to_dict(description.model)),
         "image_size": json.dumps(list(checkpoint.image_size)),
         "dataset": description.dataset,

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pydicom
 import pydicom.data
+import pydicom.uid
 import pytest
 
 from fetal_flax import checkpoints

@@ -118,7 +118,7 @@ def test_a_depthwise_convolution_of_bfloat16_is_summed_in_float32():
     # In bfloat16, 256 + 1 is 256, tap for tap.
     x = jnp.ones((1, 3, 3, 1), jnp.bfloat16).at[0, 0, 0].set(256)
     y = depthwise_on_gpu(1, 1, x, jnp.ones((3, 3, 1, 1), jnp.bfloat16))
-    assert float(y[0, 1, 1, 0]) == 264
+    assert float(np.asarray(y)[0, 1, 1, 0]) == 264
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 6, 12, 18])

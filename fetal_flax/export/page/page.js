@@ -53,6 +53,7 @@ async function start() {
   } catch (error) {
     say("");
     problem(`The page can’t measure here: ${error.message}.`);
+    element("files").disabled = true;
     return null;
   }
 }
@@ -73,6 +74,7 @@ async function measure(image) {
 
 /** Takes files: images to measure, and CSVs of pixel sizes. */
 function take(files) {
+  if (element("files").disabled) return;
   element("problems").replaceChildren();
   const chosen = [...files];
   const isCsv = (file) => file.name.toLowerCase().endsWith(".csv");
