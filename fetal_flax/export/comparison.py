@@ -91,7 +91,8 @@ def compare(
     outline_px = OUTLINE_PX[metadata.dataset]
     largest = difference = 0.0
     differing, of_one = 0, 0
-    dice, changes = [], []
+    dice: list[float] = []
+    changes: list[float] = []
     for image, expected, found in zip(
         images, ours.logits(images), _logits(run, images, size), strict=True
     ):
@@ -115,7 +116,9 @@ def compare(
         pixels=len(images) * size[0] * size[1],
         differing_pixels=differing,
         dice=(float(np.mean(dice)), min(dice)),
-        circumference_change=(float(np.mean(changes)), max(changes)) if changes else (np.nan,) * 2,
+        circumference_change=(float(np.mean(changes)), max(changes))
+        if changes
+        else (np.nan, np.nan),
         heads_of_one=of_one,
     )
 

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from fetal_flax.data.hc18 import IMAGES
 from fetal_flax.data.phantoms import make_phantom
 from fetal_flax.inference.sources import Image, find_files, read_image
@@ -31,4 +29,4 @@ def images_of(folder: Path, count: int) -> list[Image]:
 
 def _spread(paths: Sequence[Path], count: int) -> list[Path]:
     count = min(count, len(paths))
-    return [paths[index] for index in np.arange(count) * len(paths) // count]
+    return [paths[index * len(paths) // count] for index in range(count)]

@@ -49,7 +49,7 @@ def stablehlo_runtime(path: Path, channels: int, dtype: InputDtype) -> Runtime:
         channels: Image channels; grey images are repeated for each.
         dtype: Of the images.
     """
-    call = jax.jit(jax.export.deserialize(path.read_bytes()).call)
+    call = jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
 
     def run(images: np.ndarray) -> np.ndarray:
         batch = images[..., None].repeat(channels, axis=-1)

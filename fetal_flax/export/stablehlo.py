@@ -39,4 +39,4 @@ def stablehlo(checkpoint: Checkpoint, settings: ExportSettings) -> bytes:
         (batch,) = jax.export.symbolic_shape("batch")
         shape = (batch, *checkpoint.image_size, checkpoint.config.in_channels)
         images = jax.ShapeDtypeStruct(shape, settings.input_dtype)
-        return jax.export.export(jax.jit(logits), platforms=PLATFORMS)(images).serialize()
+        return bytes(jax.export.export(jax.jit(logits), platforms=PLATFORMS)(images).serialize())

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
@@ -75,7 +76,7 @@ def test_what_is_beyond_a_limit_leaves_nothing(
 def biased(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with another bias of its head."""
     (bias,) = (array for array in model.graph.initializer if array.name == "head/bias")
-    bias.CopyFrom(onnx.numpy_helper.from_array(np.float32([-18]), bias.name))
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(1, -18, np.float32), bias.name))
     return model
 
 
@@ -112,7 +113,7 @@ def test_stablehlo_runs_in_a_process_that_knows_jax_alone(trained_like, tmp_path
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == ["cpu", "cuda", "tpu"]
-    logits = functional.apply(checkpoint.config, checkpoint.variables, images)
+    logits = functional.apply(checkpoint.config, checkpoint.variables, jnp.asarray(images))
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), logits, atol=1e-4)
 
 

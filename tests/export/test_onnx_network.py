@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import onnx
 import onnxruntime
@@ -44,7 +45,7 @@ def run(model: onnx.ModelProto, batch: np.ndarray) -> np.ndarray:
 
 
 def expected(checkpoint: Checkpoint, batch: np.ndarray) -> np.ndarray:
-    scaled = np.float32(batch.transpose(0, 2, 3, 1)) / 255
+    scaled = jnp.asarray(batch.transpose(0, 2, 3, 1).astype(np.float32) / 255)
     logits = functional.apply(checkpoint.config, checkpoint.variables, scaled)
     return np.asarray(logits).transpose(0, 3, 1, 2)
 
@@ -59,7 +60,7 @@ def difference(found: np.ndarray, wanted: np.ndarray) -> float:
 def test_every_network_has_the_same_logits(config, trained_like):
     checkpoint = trained_like(config, (64, 96))
     batch = images(2, config.in_channels, 64, 96)
-    found = run(onnx_model(checkpoint), np.float32(batch) / 255)
+    found = run(onnx_model(checkpoint), batch.astype(np.float32) / 255)
     assert difference(found, expected(checkpoint, batch)) < 1e-4
 
 
@@ -99,7 +100,7 @@ def test_float16_halves_the_file_and_keeps_float32_outside(trained_like):
     half = onnx_model(checkpoint, ExportSettings(precision="float16"))
     assert half.ByteSize() < 0.6 * onnx_model(checkpoint).ByteSize()
     batch = images(2, 1, 64, 96)
-    apart = difference(run(half, np.float32(batch) / 255), expected(checkpoint, batch))
+    apart = difference(run(half, batch.astype(np.float32) / 255), expected(checkpoint, batch))
     assert 1e-5 < apart < 2e-2
 
 
