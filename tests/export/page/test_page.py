@@ -206,18 +206,40 @@ def page(onnxruntime_web, tmp_path_factory) -> Path:
     return path
 
 
+def hc18_in_other_files(hc18: Path, folder: Path) -> tuple[Path, Path]:
+    """Writes a folder of HC18's images and a CSV of their pixel sizes.
+
+    Some become JPEG, grey and coloured, and PNG in colour and of 16 bits.
+    """
+    rows = read_csv(hc18 / "training_set_pixel_size_and_HC.csv")
+    by_name = {row["filename"]: row["pixel size(mm)"] for row in rows}
+    images = folder / "images"
+    images.mkdir()
+    lines = ["filename,pixel size(mm)"]
+    for index, path in enumerate(sorted((hc18 / "training_set").glob("*HC.png"))[::40]):
+        gray = decode_gray(path.read_bytes())
+        tinted = np.stack([gray // 2, gray, gray // 3 * 2], -1)
+        as_file = {
+            1: (".jpg", gray),
+            2: (".jpeg", tinted),
+            3: (".png", tinted),
+            4: (".png", gray.astype(np.uint16) * 257),
+        }
+        suffix, pixels = as_file.get(index, (".png", gray))
+        cv2.imwrite(str(images / f"{path.stem}{suffix}"), pixels)
+        lines.append(f"{path.stem}{suffix},{by_name[path.name]}")
+    sizes = folder / "sizes.csv"
+    sizes.write_text("\n".join(lines))
+    return images, sizes
+
+
 MEASURED = "document.getElementById('status').textContent.startsWith('Measured')"
 
 
 @pytest.mark.slow
 def test_the_page_measures_as_python_does(page, open_page, shared_dir, tmp_path):
-    hc18 = shared_dir / "hc18"
-    names = sorted((hc18 / "training_set").glob("*HC.png"))[::40]
-    sizes = hc18 / "training_set_pixel_size_and_HC.csv"
-    images = tmp_path / "images"
-    images.mkdir()
-    for path in names:
-        (images / path.name).symlink_to(path)
+    images, sizes = hc18_in_other_files(shared_dir / "hc18", tmp_path)
+    names = sorted(images.iterdir())
     predict(Path(NETWORK), images, tmp_path / "python", pixel_size_csv=sizes)
     expected = read_csv(tmp_path / "python" / "measurements.csv")
 
