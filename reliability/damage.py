@@ -246,6 +246,8 @@ def _damage_element(dataset: pydicom.Dataset, tag: Any, rng: random.Random) -> N
 
 def odd_entry(path: Path, rng: random.Random, dicoms: list[bytes], images: list[bytes]) -> str:
     """Makes an entry of a folder that may be anything, and returns what."""
+    if os.path.lexists(path):  # Writing to a pipe would wait for ever.
+        return "nothing"
     how = rng.choice(
         (
             "dicom",

@@ -104,8 +104,7 @@ def find_tensors(path: Path, *, entry: str | None = None) -> NamedTensors:
         if not named:
             known = ", ".join(printable(c.entry) or "none" for c in fitting)
             raise InputError(f"{path} has no network as its entry {printable(entry)}: give {known}")
-        fitting = named + [c for c in fitting if c not in named]
-        return fitting[0]
+        return named[0]
     return fitting[0]._replace(others=tuple(candidate.entry for candidate in fitting[1:]))
 
 

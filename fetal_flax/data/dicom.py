@@ -91,9 +91,12 @@ class DicomFile:
 
     def _kind(self) -> str:
         """Returns what a file without an image is, in plain words."""
-        meta = self._dataset.file_meta
-        uid = meta.get("MediaStorageSOPClassUID") or self._dataset.get("SOPClassUID")
-        name = str(getattr(uid, "name", ""))
+        try:
+            meta = self._dataset.file_meta
+            uid = meta.get("MediaStorageSOPClassUID") or self._dataset.get("SOPClassUID")
+            name = str(getattr(uid, "name", ""))
+        except Exception:  # A value of a kind that pydicom doesn't know.
+            name = ""
         if "Directory" in name:
             return "DICOM directory file"
         return f"DICOM {'structured report' if 'SR' in name.split() else 'file without an image'}"

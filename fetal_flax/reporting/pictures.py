@@ -1,24 +1,25 @@
 """Pictures of an evaluation and of a training run, written as PNG files.
 
 Figures are built with matplotlib's objects and never through pyplot, whose global state would
-leak between callers and need a display.
+leak between callers and need a display. It is imported where it is used: it wants a folder for its
+settings, which a container may not have, and outlines need none of it.
 """
 
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, UInt8
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from fetal_flax._util.files import write_atomically
 from fetal_flax.measurement.ellipse import Ellipse
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Green and magenta stay far apart for every common kind of colour blindness, and both stand out
 # from every grey.
@@ -142,6 +143,9 @@ def overlay_sheet(path: str | Path, images: Sequence[SheetImage]) -> None:
         InputError: The file can't be written.
         ValueError: There are no images.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     if not images:
         raise ValueError("a sheet needs at least one image")
     columns = min(SHEET_COLUMNS, len(images))
@@ -214,6 +218,9 @@ def training_curves(path: str | Path, history: Sequence[Mapping[str, float]]) ->
         InputError: The file can't be written.
         ValueError: The history is empty.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     if not history:
         raise ValueError("training curves need at least one epoch")
     figure = Figure(figsize=(12, 3.6), dpi=120, layout="constrained")
@@ -229,14 +236,14 @@ def training_curves(path: str | Path, history: Sequence[Mapping[str, float]]) ->
     _save(figure, path)
 
 
-def _draw_loss(panel: Axes, history: Sequence[Mapping[str, float]]) -> None:
+def _draw_loss(panel: "Axes", history: Sequence[Mapping[str, float]]) -> None:
     _curve(panel, history, "train_loss", "train", TRAIN_COLOUR)
     _curve(panel, history, "validation_loss", "validation", VALIDATION_COLOUR)
     panel.set_title("Loss")
     panel.legend(frameon=False, fontsize=9)
 
 
-def _draw_dice(panel: Axes, history: Sequence[Mapping[str, float]]) -> None:
+def _draw_dice(panel: "Axes", history: Sequence[Mapping[str, float]]) -> None:
     best = max(history, key=lambda entry: entry["validation_dice"])
     _curve(panel, history, "train_dice", "train", TRAIN_COLOUR)
     _curve(panel, history, "validation_dice", "validation", VALIDATION_COLOUR)
@@ -253,7 +260,9 @@ def _draw_dice(panel: Axes, history: Sequence[Mapping[str, float]]) -> None:
     panel.legend(frameon=False, fontsize=9)
 
 
-def _draw_learning_rate(panel: Axes, history: Sequence[Mapping[str, float]]) -> None:
+def _draw_learning_rate(panel: "Axes", history: Sequence[Mapping[str, float]]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
     rates = [entry["learning_rate"] for entry in history]
     _curve(panel, history, "learning_rate", "learning rate", "black")
     panel.set_yscale("log")
@@ -266,7 +275,7 @@ def _draw_learning_rate(panel: Axes, history: Sequence[Mapping[str, float]]) -> 
 
 
 def _curve(
-    panel: Axes, history: Sequence[Mapping[str, float]], key: str, label: str, colour: str
+    panel: "Axes", history: Sequence[Mapping[str, float]], key: str, label: str, colour: str
 ) -> None:
     panel.plot(
         [entry["epoch"] for entry in history],
@@ -280,7 +289,7 @@ def _curve(
     )
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def _save(figure: "Figure", path: str | Path) -> None:
     png = io.BytesIO()
     figure.savefig(png, format="png")
     write_atomically(path, png.getvalue())

@@ -461,6 +461,9 @@ def test_not_a_checkpoint(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("model.pth", "x")
     assert "it holds 'model.pth': unpack it" in reason(path, read_state_dict)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "x")
+    assert "not one of torch.save" in reason(path)
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])

@@ -20,7 +20,9 @@ PROBLEMS_NAMED = 10
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _BLANKS = " \t\0\ufeff\xa0"
 # A decimal comma is none of thousands: no pixel and no head is that large.
-_NUMBER = re.compile(r"([-+]?(?:\d+[.,]?\d*|[.,]\d+)(?:e[-+]?\d+)?) ?(?:mm)?", re.ASCII | re.I)
+_NUMBER = re.compile(
+    r"([-+]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:e[-+]?\d+)?) ?(?:mm)?", re.ASCII | re.IGNORECASE
+)
 
 Rows = dict[str, dict[str, str]]
 
