@@ -37,6 +37,8 @@ IN_MODULES = {
 MODULES = {name.partition(".")[0] for name in IN_MODULES} | {"config"}
 DOCUMENTED = sorted((NAMES - MODULES - {"__version__"}) | IN_MODULES)
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def named(name: str) -> Any:
     value: Any = ff
@@ -130,23 +132,13 @@ def folder(tmp_path_factory) -> Iterator[Path]:
         yield folder
 
 
-def test_the_example_of_train_is_true(folder, small_config):
-    """Compiled as the runs of tests/training are, it finds theirs."""
-    assert_example_is_true("train", small_config(epochs=1))
-
-
-@pytest.mark.parametrize("name", sorted(set(DOCUMENTED) - {"train"}))
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_the_example_is_true(name, folder, small_config):
-    assert_example_is_true(name, small_config(epochs=1))
-
-
-def assert_example_is_true(name: str, config: ff.TrainConfig) -> None:
     value = named(name)
     # As in a doctest of its module, and what a reader of the interface has.
     known = vars(importlib.import_module(getattr(value, "__module__", "fetal_flax")))
     known = known | {"ff": ff, "jax": jax, "jnp": jnp, "nnx": nnx, "image": head(0)}
-    known["config"] = config
+    known["config"] = small_config(epochs=1)
     methods = [member for member in vars(value).values()] if name == "Segmenter" else []
     examples = 0
     runner = doctest.DocTestRunner(optionflags=doctest.FAIL_FAST)
@@ -164,7 +156,6 @@ def assert_example_is_true(name: str, config: ff.TrainConfig) -> None:
 # What people in JAX rely on.
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_apply_can_be_jitted_differentiated_mapped_and_sharded():
     config = ff.ModelConfig(name="unet", base_width=4)
     variables = ff.init(config, seed=0)
