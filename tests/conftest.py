@@ -1,11 +1,8 @@
 """Eight CPU devices, strict JAX, and the data that tests share."""
 
-import atexit
 import csv
 import dataclasses
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
 import cv2
 import jax
 import jax.numpy as jnp
@@ -24,17 +23,19 @@ import pytest
 import torch
 
 from fetal_flax._util.backend import programs_for
+from fetal_flax._util.compilation_cache import keep_compilations
 from fetal_flax.checkpoints import Checkpoint, Description
 from fetal_flax.config import DataConfig, EncoderConfig, ModelConfig, ScheduleConfig, TrainConfig
+from fetal_flax.data import hc18
 from fetal_flax.data.batch import Batch
 from fetal_flax.models.functional import Variables, init
 
-# Many tests compile the same step; pytest-xdist's workers and children that run train.py share it.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fetal_flax-test-jax-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+ROOT = Path(__file__).resolve().parents[1]
+
+# Most of the time would go to XLA. pytest-xdist's workers, children that run train.py and the next
+# run find what one of them compiled, however small; `pytest --cache-clear` empties the folder.
+keep_compilations(str(ROOT / ".pytest_cache" / "d"))
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR"))
 # Beside XLA's threads on few cores, torch's wait for each other many times as long as they work.
 torch.set_num_threads(1)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -70,6 +71,18 @@ def made_for(request) -> Iterator[str]:
     """Traces programs as for either backend; what a GPU is given runs on a CPU too."""
     with programs_for(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def hc18_sample(shared_dir, tmp_path_factory) -> tuple[hc18.HC18Record, ...]:
+    """Every eighth image of HC18; to find all means to read them all, for ten seconds."""
+    folder, csv_name = tmp_path_factory.mktemp("hc18"), "training_set_pixel_size_and_HC.csv"
+    (folder / "training_set").mkdir()
+    (folder / csv_name).symlink_to(shared_dir / "hc18" / csv_name)
+    for image in sorted((shared_dir / "hc18" / "training_set").glob("*HC.png"))[::8]:
+        for path in (image, image.with_name(f"{image.stem}_Annotation.png")):
+            (folder / "training_set" / path.name).symlink_to(path)
+    return hc18.find_records(folder)
 
 
 @pytest.fixture(scope="module")

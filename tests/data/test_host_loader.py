@@ -136,11 +136,9 @@ def test_stacking_closes_the_batches(dataset, config):
 
 
 def test_workers_change_nothing(dataset, config):
+    """Two of them; one is among the batches on devices, below."""
     expected = _train(dataset, config)
-    for workers in (1, 2):
-        _assert_equal(
-            _train(dataset, dataclasses.replace(config, workers=workers, prefetch=3)), expected
-        )
+    _assert_equal(_train(dataset, dataclasses.replace(config, workers=2, prefetch=3)), expected)
     _assert_equal(_train(dataset, dataclasses.replace(config, prefetch=1)), expected)
 
 

@@ -124,8 +124,9 @@ def test_batching_does_not_change_the_logits():
     assert np.ptp(np.stack(together), axis=0).max() > 1e-3
 
 
-@pytest.mark.parametrize(("devices", "images"), [(8, 19), (3, 7), (8, 5), (2, 1)])
-@pytest.mark.parametrize("tta", ["none", "flip"])
+@pytest.mark.parametrize(
+    ("devices", "images", "tta"), [(8, 19, "flip"), (3, 7, "none"), (8, 5, "none"), (2, 1, "flip")]
+)
 def test_devices_that_share_images_see_what_one_sees(devices, images, tta):
     saved = checkpoint(functional.init(MODEL, 0), (32, 32))
     seen = random_images(images)

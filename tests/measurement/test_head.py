@@ -184,10 +184,9 @@ def test_phantoms_are_measured_to_their_circumference():
     assert np.max(np.abs(errors)) < 0.05
 
 
-def test_hc18s_masks_are_measured_to_the_csv(shared_dir):
-    records = hc18.find_records(shared_dir / "hc18")[::8]
+def test_hc18s_masks_are_measured_to_the_csv(hc18_sample):
     errors = []
-    for record in records:
+    for record in hc18_sample:
         _, mask = hc18.load(record)
         head = measure_head(mask > 0, outline_px=OUTLINE_PX["hc18"])
         assert head is not None

@@ -1,12 +1,16 @@
+import functools
+
 import pytest
 
 from fetal_flax.config import ModelConfig
 from fetal_flax.errors import InputError
-from fetal_flax.models.complexity import DESCRIPTION, Part, Summary, summarize
+from fetal_flax.models import complexity
+from fetal_flax.models.complexity import DESCRIPTION, Part, Summary
 
 DESCRIBED = ModelConfig(variant="described")
 PUBLISHED = ModelConfig(variant="published")
 COMPACT = ModelConfig(variant="compact")
+summarize = functools.cache(complexity.summarize)
 
 
 def part(summary: Summary, name: str) -> Part:

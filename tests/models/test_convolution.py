@@ -65,36 +65,43 @@ def _assert_depthwise(
 
 
 # The kernel's gradient adds up bands of 1 to 16 rows: one, one after the other, and single rows.
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [(8, 8), (7, 10), (5, 9), (1, 2), (48, 3)])
-def test_depthwise_by_shifts_equals_the_grouped_convolution(size, stride):
-    _assert_depthwise(size, (3, 3), 1, stride)
-
-
-@pytest.mark.parametrize(
-    ("size", "taps", "dilation"),
-    [((8, 8), (3, 3), 6), ((32, 5), (3, 3), 2), ((4, 6), (1, 1), 1), ((9, 20), (1, 3), 12)],
-)
-def test_depthwise_by_shifts_takes_any_taps_and_dilation(size, taps, dilation):
-    _assert_depthwise(size, taps, dilation, 1)
-
-
-@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.settings(max_examples=6, deadline=None)
+@hypothesis.example(size=(8, 8), taps=(3, 3), dilation=1, stride=1)
+@hypothesis.example(size=(8, 8), taps=(3, 3), dilation=1, stride=2)
+@hypothesis.example(size=(7, 10), taps=(3, 3), dilation=1, stride=2)
+@hypothesis.example(size=(1, 2), taps=(3, 3), dilation=1, stride=1)
+@hypothesis.example(size=(48, 3), taps=(3, 3), dilation=1, stride=1)
+@hypothesis.example(size=(48, 3), taps=(3, 3), dilation=1, stride=2)
+@hypothesis.example(size=(8, 8), taps=(3, 3), dilation=6, stride=1)
+@hypothesis.example(size=(32, 5), taps=(3, 3), dilation=2, stride=1)
+@hypothesis.example(size=(4, 6), taps=(1, 1), dilation=1, stride=1)
+@hypothesis.example(size=(9, 20), taps=(1, 3), dilation=12, stride=1)
 @hypothesis.given(
     size=st.tuples(st.integers(1, 40), st.integers(1, 8)),
     taps=st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([1, 3])),
     dilation=st.integers(1, 18),
     stride=st.integers(1, 3),
 )
-def test_depthwise_by_shifts_is_the_grouped_convolution_at_every_size(size, taps, dilation, stride):
+def test_depthwise_by_shifts_is_the_grouped_convolution(size, taps, dilation, stride):
     _assert_depthwise(size, taps, dilation, stride)
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("dilation", [1, 2])
-@pytest.mark.parametrize("taps", [(1, 1), (3, 3), (3, 1), (5, 3)])
-@pytest.mark.parametrize("size", [(8, 8), (9, 4), (1, 7)])
-def test_nhwc_convolution_and_its_own_gradients_equal_the_plain_form(size, taps, dilation, stride):
+# Each of three strides with each of two dilations, at sizes that they divide and that they don't.
+@hypothesis.settings(max_examples=6, deadline=None)
+@hypothesis.example(size=(8, 8), taps=(3, 3), dilation=1, stride=1)
+@hypothesis.example(size=(8, 8), taps=(5, 3), dilation=2, stride=2)
+@hypothesis.example(size=(9, 4), taps=(3, 3), dilation=2, stride=1)
+@hypothesis.example(size=(9, 4), taps=(3, 1), dilation=1, stride=2)
+@hypothesis.example(size=(9, 4), taps=(5, 3), dilation=1, stride=3)
+@hypothesis.example(size=(1, 7), taps=(3, 3), dilation=2, stride=3)
+@hypothesis.example(size=(1, 7), taps=(1, 1), dilation=1, stride=2)
+@hypothesis.given(
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    taps=st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([1, 3])),
+    dilation=st.integers(1, 3),
+    stride=st.integers(1, 3),
+)
+def test_nhwc_convolution_and_its_own_gradients_are_the_plain_form(size, taps, dilation, stride):
     _assert_same(
         lambda x, k: nhwc_convolution(stride, dilation, x, k),
         lambda x, k: plain_convolution(x, k, stride=stride, dilation=dilation),
@@ -121,8 +128,17 @@ def test_a_depthwise_convolution_of_bfloat16_is_summed_in_float32():
     assert float(np.asarray(y)[0, 1, 1, 0]) == 264
 
 
-@pytest.mark.parametrize("dilation", [1, 2, 6, 12, 18])
-@pytest.mark.parametrize("size", [(8, 8), (5, 9), (20, 16), (6, 19)])
+# All taps reach the map, those of one axis, or of neither.
+@hypothesis.settings(max_examples=4, deadline=None)
+@hypothesis.example(size=(8, 8), dilation=1)
+@hypothesis.example(size=(5, 9), dilation=6)
+@hypothesis.example(size=(6, 19), dilation=6)
+@hypothesis.example(size=(8, 8), dilation=12)
+@hypothesis.example(size=(20, 16), dilation=12)
+@hypothesis.example(size=(20, 16), dilation=18)
+@hypothesis.given(
+    size=st.tuples(st.integers(1, 20), st.integers(1, 20)), dilation=st.integers(1, 20)
+)
 def test_convolution_by_live_taps_equals_all_taps(size, dilation):
     _assert_same(
         lambda x, k: convolution(x, k, dilation=dilation),

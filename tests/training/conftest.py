@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fetal_flax import checkpoints
+from fetal_flax.reporting import pictures
 from fetal_flax.training.run import train
 
 TIMINGS = {"seconds", "images_per_second", "waiting"}
@@ -19,6 +20,12 @@ def finished(small_config, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     train(small_config(), workdir, profile=True)
     return workdir
+
+
+@pytest.fixture(autouse=True)
+def pictures_not_rendered(monkeypatch) -> None:
+    """Matplotlib takes a tiny run longer than its epochs; `finished`, made before, is rendered."""
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: Path(path).touch())
 
 
 @pytest.fixture(scope="session")
