@@ -1,7 +1,7 @@
 """Networks for other runtimes: files that Python, C++, JavaScript and others run without JAX.
 
-`to_file` writes one and measures it; `onnx_model` returns the ONNX model alone. What a format needs
-comes with an extra of its name, such as `pip install 'fetal_flax[onnx]'`. As of the package, names
+`to_file` writes one and measures it; `onnx_model` returns the ONNX model alone. What ONNX needs
+comes with `pip install 'fetal_flax[onnx]'`. As of the package, names
 are imported when they are first used: the command line reads `settings` and need not wait for JAX.
 """
 

@@ -100,7 +100,7 @@ def test_int8_is_a_quarter_and_close(trained_like, threshold_network, bright_hea
 
 @pytest.mark.slow
 def test_stablehlo_runs_in_a_process_that_knows_jax_alone(trained_like, tmp_path):
-    checkpoint = trained_like(ModelConfig(variant="compact"), (64, 96))
+    checkpoint = trained_like(ModelConfig(name="unet", base_width=4), (64, 96))
     output = tmp_path / "network.stablehlo"
     to_file(checkpoint, output, format="stablehlo", images=2)
     images = np.random.default_rng(0).random((3, 64, 96, 1), np.float32)
