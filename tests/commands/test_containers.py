@@ -22,7 +22,7 @@ NOBODY = ("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups")
 IN_OWN_MOUNTS = ("unshare", "-m", "sh", "-c")
 # The output alone can be written: a container's volume.
 READ_ONLY_ROOT = (
-    'mount --bind "$FOLDER" "$FOLDER" && mount --bind / /mnt && mount -o remount,ro,bind /mnt &&'
+    "mount --rbind / /mnt && mount -o remount,ro,bind /mnt &&"
     ' mount --bind "$FOLDER" "/mnt$FOLDER" && exec chroot /mnt "$0" "$@"'
 )
 SMALL_SHARED_MEMORY = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$0" "$@"'

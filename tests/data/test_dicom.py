@@ -234,6 +234,17 @@ def test_files_without_an_image_say_what_they_are(tmp_path, uid, kind):
     assert error.value.kind == kind
 
 
+def test_a_kind_of_value_that_pydicom_does_not_know_is_no_traceback(tmp_path):
+    """As the fuzz campaign found it, in what says of which kind the file is."""
+    path = write_report(tmp_path / "a.dcm")
+    content = path.read_bytes()
+    tag = b"\2\0\2\0UI"
+    assert content.count(tag) == 1
+    path.write_bytes(content.replace(tag, b"\2\0\2\0U\1"))
+    with pytest.raises(InputError, match=r"a\.dcm"):
+        DicomFile(path)
+
+
 def test_bad_files_are_named(tmp_path):
     text, cut = tmp_path / "text.dcm", tmp_path / "cut.dcm"
     text.write_text("no image")
