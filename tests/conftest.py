@@ -1,5 +1,6 @@
 """Eight CPU devices, strict JAX, and the data that tests share."""
 
+import contextlib
 import csv
 import dataclasses
 import os
@@ -113,13 +114,25 @@ def hc18_sample(shared_dir, tmp_path_factory) -> tuple[hc18.HC18Record, ...]:
     return hc18.find_records(folder)
 
 
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """XLA without most optimizations; off again after the module, since others must round alike."""
+@contextlib.contextmanager
+def _compiled_quickly() -> Iterator[None]:
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def compiled_quickly() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Makes a context with XLA without most optimizations, for what outlives a module."""
+    return _compiled_quickly
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """XLA without most optimizations; off again after the module, since others must round alike."""
+    with _compiled_quickly():
+        yield
 
 
 @pytest.fixture(scope="session")
