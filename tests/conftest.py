@@ -19,6 +19,15 @@ os.environ["XLA_FLAGS"] = (
 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+import jaxtyping
+from jaxtyping import install_import_hook
+
+# Shapes and types that these rooms' annotations give are checked at every call, in tests alone.
+install_import_hook(
+    ["fetal_flax.measurement", "fetal_flax.reporting"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+
 import cv2
 import jax
 import numpy as np
@@ -114,12 +123,20 @@ def hc18_sample(shared_dir, tmp_path_factory) -> tuple[hc18.HC18Record, ...]:
     return hc18.find_records(folder)
 
 
+@pytest.fixture
+def shapes_unchecked(monkeypatch) -> None:
+    """For a test that gives what an annotation rules out, to see how it is answered."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 @contextlib.contextmanager
 def _compiled_quickly() -> Iterator[None]:
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
