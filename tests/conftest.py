@@ -1,5 +1,6 @@
 """Eight CPU devices, strict JAX, and the data that tests share."""
 
+import contextlib
 import csv
 import dataclasses
 import os
@@ -14,6 +15,15 @@ os.environ["XLA_FLAGS"] = (
 )
 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import jaxtyping
+from jaxtyping import install_import_hook
+
+# Shapes and types that these rooms' annotations give are checked at every call, in tests alone.
+install_import_hook(
+    ["fetal_flax.measurement", "fetal_flax.reporting"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 import cv2
 import jax
@@ -85,13 +95,33 @@ def hc18_sample(shared_dir, tmp_path_factory) -> tuple[hc18.HC18Record, ...]:
     return hc18.find_records(folder)
 
 
+@pytest.fixture
+def shapes_unchecked(monkeypatch) -> None:
+    """For a test that gives what an annotation rules out, to see how it is answered."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@contextlib.contextmanager
+def _compiled_quickly() -> Iterator[None]:
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def compiled_quickly() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Makes a context with XLA without most optimizations, for what outlives a module."""
+    return _compiled_quickly
+
+
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
     """XLA without most optimizations; off again after the module, since others must round alike."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with _compiled_quickly():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -198,6 +198,7 @@ def test_the_dice_of_masks_of_any_size():
         (EMPTY.astype(np.uint8), EMPTY, "must be boolean, not uint8"),
     ],
 )
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_masks_that_do_not_fit_are_refused(mask, truth, message):
     with pytest.raises(ValueError, match=message):
         ellipse_dice(mask, truth)

@@ -77,6 +77,7 @@ def test_empty_and_full_masks(prediction, truth, overlap, accuracy):
         (EMPTY.astype(np.uint8), EMPTY, "must be boolean, not uint8"),
     ],
 )
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_masks_that_do_not_fit_are_refused(prediction, truth, message):
     with pytest.raises(ValueError, match=message):
         segmentation_metrics(prediction, truth)

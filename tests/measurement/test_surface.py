@@ -158,6 +158,7 @@ def test_empty_masks_and_the_farthest_apart(prediction, truth, expected):
         (EMPTY, EMPTY.astype(np.uint8), "must be boolean, not bool and uint8"),
     ],
 )
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_masks_that_do_not_fit_are_refused(prediction, truth, message):
     with pytest.raises(ValueError, match=message):
         surface_distances(prediction, truth, 0.1)

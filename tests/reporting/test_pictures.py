@@ -88,6 +88,7 @@ def test_holes_are_outlined_too():
     assert rgb[distance_to_edge(hole) <= 1].any()
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_a_mask_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"\(120, 80\)"):
         overlay(grey_image(), truth=disc().T)

@@ -76,6 +76,7 @@ def test_numbers_that_json_cannot_hold_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_mask_is_written_at_its_own_size_as_0_and_255(tmp_path):
     mask = np.random.default_rng(0).random((13, 21)) < 0.5
     path = tmp_path / "masks" / "000_HC.png"

@@ -15,11 +15,17 @@ TIMINGS = {"seconds", "images_per_second", "waiting"}
 
 
 @pytest.fixture(scope="session")
-def finished(small_config, tmp_path_factory) -> Path:
+def finished(small_config, tmp_path_factory, compiled_quickly) -> Path:
     """The workdir of an undisturbed run of two epochs."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    train(small_config(), workdir, profile=True)
+    with compiled_quickly():
+        train(small_config(), workdir, profile=True)
     return workdir
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_as_finished(quick_compilation) -> None:
+    """Half the time; reliability/faults.py has XLA optimise, and compares bits, too."""
 
 
 @pytest.fixture(autouse=True)

@@ -30,8 +30,6 @@ from fetal_flax.training.compile import Programs, create_programs, create_state
 from fetal_flax.training.sharding import create_mesh, replicated
 from fetal_flax.training.step import TrainState, all_finite, initial_state, network_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 POS_WEIGHT = 2.3
 UNET = TrainConfig(
     model=ModelConfig(name="unet", base_width=4), optimizer=OptimizerConfig(learning_rate=3e-3)

@@ -14,7 +14,6 @@ from fetal_flax.models.functional import Variables
 from fetal_flax.training.setup import Setup, prepare
 from fetal_flax.training.validation import Validation
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 NO_WEIGHTS = EncoderConfig(weights="none")
 
 

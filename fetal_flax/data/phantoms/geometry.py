@@ -66,7 +66,7 @@ class Sector:
     far: float
 
     def polar(
-        self, x: Float[np.ndarray, "*shape"], y: Float[np.ndarray, "*shape"]
+        self, x: Float[np.ndarray, "*#shape"], y: Float[np.ndarray, "*#shape"]
     ) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
         """Returns distance from the apex and angle from the middle beam of positions."""
         dx, dy = x - self.apex_x, y - self.apex_y
@@ -87,7 +87,7 @@ class Raster:
     beams: int
 
     def index(
-        self, x: Float[np.ndarray, "*shape"], y: Float[np.ndarray, "*shape"]
+        self, x: Float[np.ndarray, "*#shape"], y: Float[np.ndarray, "*#shape"]
     ) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
         """Returns the fractional beam and depth indices of positions in reference pixels."""
         radius, angle = self.sector.polar(x, y)
