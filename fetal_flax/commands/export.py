@@ -23,7 +23,7 @@ class Export:
     """Training workdir (its best checkpoint), converted directory, or a shipped network's name; by
     default a shipped network, for a page the compact one."""
     format: Format = "onnx"
-    """Of the file: onnx needs the extra of its name; stablehlo, which JAX alone loads, needs none."""
+    """Of the file: onnx needs the extra of its name; stablehlo, which JAX alone loads, none."""
     data_dir: Path | None = None
     """Folder of images to compare on, or HC18 folder; without it, phantoms."""
     images: int = 20
