@@ -19,7 +19,7 @@ class Export:
     output: Path
     """File to write."""
     format: Format = "onnx"
-    """Of the file: onnx needs the extra of its name; stablehlo, which JAX alone loads, needs none."""
+    """Of the file: onnx needs the extra of its name; stablehlo needs none, and JAX to load it."""
     data_dir: Path | None = None
     """Folder of images to compare on, or HC18 folder; without it, phantoms."""
     images: int = 20
