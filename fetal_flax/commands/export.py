@@ -13,7 +13,7 @@ from fetal_flax.export.settings import ExportSettings, Format
 class Export:
     """Write a network as a file for other runtimes, and measure how well it agrees."""
 
-    settings: Annotated[ExportSettings, tyro.conf.arg(name="")]
+    settings: Annotated[ExportSettings, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff]
     checkpoint: Path
     """Training workdir (its best checkpoint), converted directory, or a shipped network's name."""
     output: Path
