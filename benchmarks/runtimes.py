@@ -66,7 +66,7 @@ def ours(checkpoint: ff.Checkpoint, images: np.ndarray) -> Call:
         lambda arrays, images: functional.infer(config, arrays, images),
         compiler_options=compiler_options(),
     )
-    scaled = jax.device_put(np.float32(images)[..., None] / 255)
+    scaled = jax.device_put(images.astype(np.float32)[..., None] / 255)
     return lambda: np.asarray(run(arrays, scaled))[..., 0]
 
 
@@ -96,7 +96,7 @@ def pytorch(checkpoint: ff.Checkpoint, images: np.ndarray, folder: Path) -> Call
     network.load_state_dict(torch.load(folder / "network.pth", weights_only=True))
     network = network.eval().to(memory_format=torch.channels_last)
     run = torch.compile(network, options={"freezing": True})
-    scaled = torch.tensor(np.float32(images)[:, None] / 255)
+    scaled = torch.tensor(images.astype(np.float32)[:, None] / 255)
     scaled = scaled.contiguous(memory_format=torch.channels_last)
 
     def call() -> np.ndarray:

@@ -16,14 +16,14 @@ PAGE_NETWORK = "hc18-compact"
 class Export:
     """Write a network as a file for other runtimes, and measure how well it agrees."""
 
-    settings: Annotated[ExportSettings, tyro.conf.arg(name="")]
+    settings: Annotated[ExportSettings, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff]
     output: Path
     """File to write."""
     checkpoint: Path | None = None
     """Training workdir (its best checkpoint), converted directory, or a shipped network's name; by
     default a shipped network, for a page the compact one."""
     format: Format = "onnx"
-    """Of the file: onnx needs the extra of its name; stablehlo, which JAX alone loads, none."""
+    """Of the file: onnx needs the extra of its name; stablehlo needs none, and JAX to load it."""
     data_dir: Path | None = None
     """Folder of images to compare on, or HC18 folder; without it, phantoms."""
     images: int = 20

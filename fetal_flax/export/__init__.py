@@ -1,8 +1,8 @@
 """Networks for other runtimes: files that Python, C++, JavaScript and others run without JAX.
 
 `to_file` writes one and measures it; `onnx_model` returns the ONNX model alone. What ONNX needs
-comes with `pip install 'fetal_flax[onnx]'`. As of the package, names
-are imported when they are first used: the command line reads `settings` and need not wait for JAX.
+comes with `pip install 'fetal_flax[onnx]'`. As of the package, names are imported when they are
+first used: the command line reads `settings` and need not wait for JAX.
 """
 
 import importlib
