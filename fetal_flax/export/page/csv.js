@@ -1,6 +1,6 @@
 // Tables in and out, as the command line has them.
 
-import { MOST_MM, gestationalAge, inMm } from "./measurement.js";
+import { MOST_MM, gestationalAge, inMm, judge } from "./measurement.js";
 
 /** Columns of measurements.csv that `fetal-flax predict` writes too; docs/measurement.md. */
 const MEASUREMENTS = [
@@ -33,9 +33,10 @@ export function measurementsCsv(images) {
   return `${[MEASUREMENTS.join(","), ...lines].join("\n")}\n`;
 }
 
-function measurementsOf({ name, head, pixelSizeMm, components, confidence, flags }) {
-  const values = { name: name.replace(/\.[^.]*$/, ""), confidence, flags: flags.join(" ") };
-  values.components = components;
+function measurementsOf(image) {
+  const { name, head, pixelSizeMm, components, confidence } = image;
+  const flags = judge(image, pixelSizeMm).join(" ");
+  const values = { name: name.replace(/\.[^.]*$/, ""), confidence, components, flags };
   values.pixel_size_mm = pixelSizeMm;
   if (!head) return values;
   Object.assign(values, {

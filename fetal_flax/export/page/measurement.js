@@ -13,8 +13,10 @@ export const SMALLEST_SIDE_PX = 16;
 export const MOST_MM = 1000;
 
 const POINTS_OF_A_FIT = 6;
-const LEAST_ELLIPSE_AGREEMENT = 0.97;
+const LEAST_ELLIPSE_AGREEMENT = 0.98;
 const LEAST_CONFIDENCE = 0.92;
+const LARGEST_SPREAD_MM = 15;
+const PLAUSIBLE_HC_MM = [30, 450];
 
 const HADLOCK_RANGE_MM = [68.0, 360.0];
 const HADLOCK_GROUPS_MM = [147.5, 221.5, 282.0, 326.5];
@@ -406,25 +408,51 @@ export function expectedDice(logits) {
   return (2 * shared) / (probabilities + pixels);
 }
 
-/** Returns the confidence, and the flags that say why a person should look. */
-export function judge(logits, head) {
-  const confidence = expectedDice(logits);
-  if (head === null) return { confidence, flags: ["no_head"] };
+/** How far the circumference depends on where the head ends: of 0.1 to 0.9, as a share of 0.5's. */
+export function sizeSpread(logits) {
+  const [outer, edge, inner] = [0.1, 0.5, 0.9].map((probability) => {
+    const least = Math.log(probability / (1 - probability));
+    return Math.sqrt(logits.data.reduce((count, logit) => count + (logit > least ? 1 : 0), 0));
+  });
+  return edge ? (outer - inner) / edge : 0;
+}
+
+/**
+ * Returns the flags that say why a person should look: of what `assess` returned, with the pixel
+ * size, or null.
+ */
+export function judge({ head, confidence, spread, covered }, pixelSizeMm) {
+  if (head === null) return [covered ? "covers_image" : "no_head"];
+  // Without a pixel size it is as plausible, and as certain, as any.
+  const hcMm = pixelSizeMm === null ? null : inMm(head, pixelSizeMm).hcMm;
+  const [least, most] = PLAUSIBLE_HC_MM;
   const signs = {
+    implausible_size: hcMm !== null && !(least <= hcMm && hcMm <= most),
+    uncertain_size: hcMm !== null && hcMm * spread > LARGEST_SPREAD_MM,
     touches_border: head.touchesBorder,
     several_components: head.components > 1,
     low_ellipse_agreement: head.ellipseAgreement < LEAST_ELLIPSE_AGREEMENT,
     low_confidence: confidence < LEAST_CONFIDENCE,
   };
-  return { confidence, flags: Object.keys(signs).filter((name) => signs[name]) };
+  return Object.keys(signs).filter((name) => signs[name]);
 }
 
-/** Assesses an image from the network's logits: its mask at native size, head, and flags. */
+/**
+ * Assesses an image from the network's logits: its mask at native size, its head, and what `judge`
+ * needs beside them.
+ */
 export function assess(logits, height, width, outlinePx) {
   const mask = nativeMask(logits, height, width);
   const head = measureHead(mask, outlinePx);
   const components = head?.components ?? largestRegion(mask).components;
-  return { mask, head, components, ...judge(logits, head) };
+  return {
+    mask,
+    head,
+    components,
+    confidence: expectedDice(logits),
+    spread: sizeSpread(logits),
+    covered: logits.data.every((logit) => logit > 0),
+  };
 }
 
 /** Returns gestational age and its range in weeks (Hadlock 1984), or null outside the table. */

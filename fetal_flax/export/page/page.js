@@ -1,6 +1,6 @@
 // What the page shows, and what it does when someone chooses images, types or clicks.
 
-import { MOST_MM, assess, gestationalAge, inMm, resizeImage } from "./measurement.js";
+import { MOST_MM, assess, gestationalAge, inMm, judge, resizeImage } from "./measurement.js";
 import { outlinePath } from "./drawing.js";
 import { decode, pixelsAreTrue, readGray } from "./images.js";
 import { measurementsCsv, readPixelSizes } from "./csv.js";
@@ -8,6 +8,9 @@ import { startNetwork, unpack } from "./network.js";
 
 const FLAGS = {
   no_head: "No head was found.",
+  covers_image: "The network marked the whole image: there is no edge to measure.",
+  implausible_size: "No fetal head is this large or small: look at the pixel size.",
+  uncertain_size: "The outline is soft: the size depends on where the head is taken to end.",
   touches_border: "The head reaches the image’s border: what lies outside can’t be seen.",
   several_components: "The network marked several regions; the largest was measured.",
   low_ellipse_agreement: "The marked region is far from an ellipse.",
@@ -15,6 +18,9 @@ const FLAGS = {
 };
 const SHORT_FLAGS = {
   no_head: "no head",
+  covers_image: "whole image",
+  implausible_size: "implausible size",
+  uncertain_size: "uncertain size",
   touches_border: "border",
   several_components: "several regions",
   low_ellipse_agreement: "not elliptic",
@@ -219,7 +225,7 @@ function showSelected() {
   const shown = texts(selected);
   for (const name of ["hc", "bpd", "ofd", "age"]) element(name).textContent = shown[name];
   element("age").classList.toggle("quiet", shown.weeks === NONE);
-  const items = selected.flags.map((flag) => listItem(FLAGS[flag], "warns"));
+  const items = judge(selected, selected.pixelSizeMm).map((flag) => listItem(FLAGS[flag], "warns"));
   if (!items.length) items.push(listItem("No flag. See for yourself that the ellipse fits.", ""));
   element("flags").replaceChildren(...items);
   if (document.activeElement !== element("pixel-size")) {
@@ -263,7 +269,8 @@ function addRow(image) {
 function showRow(image) {
   const { hc, bpd, ofd, weeks } = texts(image);
   const pixelSize = image.pixelSizeMm?.toPrecision(4) ?? NONE;
-  const flags = image.flags.map((flag) => SHORT_FLAGS[flag]).join(", ") || NONE;
+  const found = judge(image, image.pixelSizeMm);
+  const flags = found.map((flag) => SHORT_FLAGS[flag]).join(", ") || NONE;
   const [, ...cells] = image.row.cells;
   [hc, bpd, ofd, weeks, pixelSize, flags].forEach((text, i) => {
     cells[i].textContent = text.replace(" mm", "");

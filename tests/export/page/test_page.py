@@ -4,6 +4,7 @@
 """
 
 import csv
+import json
 import re
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from fetal_flax.inference.predict import predict
 from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.measurement.gestational_age import gestational_age
 from fetal_flax.measurement.head import OUTLINE_PX, measure_head
+from fetal_flax.measurement.quality import size_spread
 
 NETWORK = "hc18-compact"
 
@@ -151,14 +153,24 @@ def test_flags_and_confidence(call_in_node):
             noise = 0.01 * rng.normal(size=small.shape)
             logits.append((20 * sharpness * (small + noise)).astype(np.float32))
     logits.append(np.full((64, 64), -3, np.float32))
+    logits.append(np.full((64, 64), 3, np.float32))
     results = call_in_node("measurement.js", [("assess", map_, 135, 200, 1.4) for map_ in logits])
+    sizes = (None, 0.05, 0.5, 2.0)
+    both = [
+        ({name: value for name, value in found.items() if name != "mask"}, size)
+        for found in results
+        for size in sizes
+    ]
+    judged = iter(call_in_node("measurement.js", [("judge", *pair) for pair in both]))
     flags = set()
     for map_, found in zip(logits, results, strict=True):
-        expected = assess(map_, (135, 200), outline_px=1.4)
-        assert found["flags"] == list(expected.flags)
+        for size in sizes:
+            expected = assess(map_, (135, 200), outline_px=1.4, pixel_size_mm=size)
+            assert next(judged) == list(expected.flags)
+            flags |= {*expected.flags}
         assert found["confidence"] == pytest.approx(expected.quality.confidence, abs=1e-12)
-        flags |= {*expected.flags}
-    assert len(flags) == 5
+        assert found["spread"] == pytest.approx(size_spread(map_), abs=1e-12)
+    assert len(flags) == 8
 
 
 def test_circumference_of_thin_and_round_ellipses(call_in_node):
@@ -240,8 +252,8 @@ MEASURED = "document.getElementById('status').textContent.startsWith('Measured')
 def test_the_page_measures_as_python_does(page, open_page, shared_dir, tmp_path):
     images, sizes = hc18_in_other_files(shared_dir / "hc18", tmp_path)
     names = sorted(images.iterdir())
-    predict(Path(NETWORK), images, tmp_path / "python", pixel_size_csv=sizes)
-    expected = read_csv(tmp_path / "python" / "measurements.csv")
+    predict(Path(NETWORK), images, tmp_path / "python", pixel_size_csv=sizes, save_json=True)
+    expected = json.loads((tmp_path / "python" / "measurements.json").read_text())
 
     browser = open_page(page)
     browser.save_downloads(tmp_path)
@@ -264,19 +276,19 @@ def test_the_page_measures_as_python_does(page, open_page, shared_dir, tmp_path)
     print(f"{first:.2f} s to the first result; {len(found)} images, largest differences:")
     for column in ("hc_mm", "bpd_mm", "ofd_mm", "ga_weeks", "ellipse_agreement", "confidence"):
         both = [
-            (float(theirs[column]), float(ours[column]))
+            (float(theirs[column]), ours[column])
             for ours, theirs in zip(expected, found, strict=True)
-            if ours[column]
+            if ours[column] is not None
         ]
         print(column, f"{max(abs(a - b) for a, b in both):.1g}")
     for ours, theirs in zip(expected, found, strict=True):
         assert theirs["name"] == ours["name"]
         assert theirs["flags"] == ours["flags"], ours["name"]
-        assert theirs["components"] == ours["components"], ours["name"]
-        assert theirs["touches_border"] == ours["touches_border"], ours["name"]
-        assert float(theirs["pixel_size_mm"]) == float(ours["pixel_size_mm"])
+        assert theirs["components"] == str(ours["components"]), ours["name"]
+        assert theirs["touches_border"] == str(ours["touches_border"]), ours["name"]
+        assert float(theirs["pixel_size_mm"]) == ours["pixel_size_mm"]
         for column in ("hc_mm", "bpd_mm", "ofd_mm"):
-            difference = abs(float(theirs[column]) - float(ours[column]))
+            difference = abs(float(theirs[column]) - ours[column])
             assert difference < 0.3, (ours["name"], column, difference)
     assert all(url.startswith(("file:", "blob:")) for url in browser.requests), browser.requests
     assert browser.complaints == []
