@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from fetal_flax._util import machine as processes
+from fetal_flax._util.cache_folder import cache_folder
 from fetal_flax.config import DataConfig
 from fetal_flax.data import datasets
 from fetal_flax.errors import InputError
@@ -41,7 +42,11 @@ OF_SIGNAL = {
     *("SIGTSTP", "SIGUSR1", "SIGUSR2", "alarm", "pause", "pthread_kill", "pthread_sigmask"),
     *("setitimer", "sigtimedwait", "sigwait"),
 }
-GUARDED = {"_util/machine.py: os.sched_getaffinity", "performance/machine.py: import resource"}
+GUARDED = {
+    "_util/cache_folder.py: os.getuid",
+    "_util/machine.py: os.sched_getaffinity",
+    "performance/machine.py: import resource",
+}
 """Uses that ask first; each has a test below."""
 
 
@@ -127,6 +132,15 @@ def test_what_is_taken_away_was_there(names):
     module = os if names is OF_OS else signal
     here = {name for name in names if hasattr(module, name)}
     assert sys.platform != "linux" or here == names
+
+
+def test_a_cache_among_temporary_files_needs_no_number_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.delattr(os, "getuid", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "home").touch()
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    assert cache_folder("~/.cache") == tmp_path / "fetal_flax-"
 
 
 def test_processors_are_counted_where_nobody_tells_which_of_them_are_ours(monkeypatch):

@@ -25,13 +25,14 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def unpickling(tree: ast.AST) -> list[str]:
-    """Expressions that unpickle or may; of `pickle`, only the instructions' codes are allowed."""
+    """Expressions that unpickle or may; of `pickle`, its codes and its error are allowed."""
     found = [f"import of {name}" for name in imported(tree) & UNPICKLERS]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "pickle":
             found.append("import from pickle")
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
-            found += [f"pickle.{node.attr}"] if not node.attr.isupper() else []
+            allowed = node.attr.isupper() or node.attr == "UnpicklingError"
+            found += [] if allowed else [f"pickle.{node.attr}"]
         if isinstance(node, ast.Call):
             keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
             if keywords.get("allow_pickle", "False") != "False":
