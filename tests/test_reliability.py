@@ -26,7 +26,7 @@ def run(script: str, *flags: str) -> list[list[str]]:
 @pytest.mark.slow
 def test_every_reader_accepts_or_refuses_with_a_sentence():
     rows = run("fuzz.py", "--inputs", "30")
-    assert len(rows) == 7
+    assert len(rows) == 9
     for target, inputs, accepted, refused, *_ in rows:
         assert int(inputs) >= 30 and int(accepted) + int(refused) == int(inputs), target
 
