@@ -45,6 +45,7 @@ ROWS = {
     "isotropic pixels": ("--data.image-size", "96", "160"),
 }
 METRICS = ("ellipse_dice", "ellipse_hausdorff_mm", "hc_abs_error_mm")
+HALVES = ("half chosen by", "other half")
 
 
 class Figures(NamedTuple):
@@ -77,7 +78,7 @@ def main() -> None:
         *("--data.image-size", str(arguments.size), str(arguments.size)),
         *("--schedule.epochs", str(arguments.epochs), *BASE),
     )
-    print("| change | half chosen by: ellipse Dice, HD, ADF | other half | seeds | minutes |")
+    print(f"| change | {HALVES[0]}: ellipse Dice, HD, ADF | {HALVES[1]} | seeds | minutes |")
     print("|---|---|---|---|---|")
     for name in arguments.rows:
         runs, minutes = [], 0.0
@@ -111,10 +112,14 @@ def _measure(workdir: Path, data_dir: Path) -> Figures:
         )
     halves: tuple[list, list] = ([], [])
     for row in _rows(output / "per_image.csv"):
-        examination = row["name"].partition("_")[0]
-        half = int(hashlib.sha256(f"half:{examination}".encode()).hexdigest(), 16) % 2
-        halves[half].append([float(row[name]) for name in METRICS])
+        halves[half_of(row["name"])].append([float(row[name]) for name in METRICS])
     return Figures(*(np.mean(half, axis=0) for half in halves))
+
+
+def half_of(name: str) -> int:
+    """Returns the half of the validation examinations that an image is in, 0 or 1."""
+    examination = name.partition("_")[0]
+    return int(hashlib.sha256(f"half:{examination}".encode()).hexdigest(), 16) % 2
 
 
 def _table_row(name: str, runs: Sequence[Figures], minutes: float) -> str:

@@ -37,19 +37,33 @@ INTERRUPTED = Interrupted.exit_code
 DEVICE_SETTINGS = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
 PATIENCE = 600
 """Seconds after which a process counts as hanging."""
-CONFIG = """
+# The recipe of the shipped networks has all that a run can carry on: averages, a cosine, varied
+# grey levels, soft masks.
+CONFIGS = {
+    "small": """
 from fetal_flax.config import *
 def config():
     return TrainConfig(
-        name={name!r}, model={model}, encoder=EncoderConfig(weights="none"),
+        name="small", model=ModelConfig(name="unet", base_width=4),
+        encoder=EncoderConfig(weights="none"),
         data=DataConfig(dataset="fetal_phantom", cache_dir={cache!r}, image_size=(32, 32),
                         phantom_count=60, phantom_size=(64, 96), workers=0),
-        schedule=ScheduleConfig(epochs={epochs}, batch_size={batch_size}),
+        schedule=ScheduleConfig(epochs={epochs}, batch_size=4),
     )
-"""
-NETWORKS = {
-    "small": {"model": 'ModelConfig(name="unet", base_width=4)', "batch_size": 4},
-    "described": {"model": "ModelConfig()", "batch_size": 8},
+""",
+    "described": """
+from dataclasses import replace
+from fetal_flax import presets
+from fetal_flax.config import *
+def config():
+    recipe = presets.load("hc18_shipped")
+    return replace(
+        recipe, name="described", encoder=EncoderConfig(weights="none"),
+        data=replace(recipe.data, dataset="fetal_phantom", cache_dir={cache!r},
+                     image_size=(32, 32), phantom_count=60, phantom_size=(64, 96), workers=0),
+        schedule=replace(recipe.schedule, epochs={epochs}, batch_size=8),
+    )
+""",
 }
 
 
@@ -110,9 +124,8 @@ class Campaign:
     def __init__(self, folder: Path, seed: int, epochs: int):
         self.folder = folder
         self.seed = seed
-        for name, settings in NETWORKS.items():
-            cache = str(folder / "cache")
-            text = CONFIG.format(name=name, cache=cache, epochs=epochs, **settings)
+        for name, text in CONFIGS.items():
+            text = text.format(cache=str(folder / "cache"), epochs=epochs)
             (folder / f"{name}.py").write_text(text)
 
     def start(self, config: str, workdir: Path, *flags: str, **environment: str) -> "Process":
@@ -467,7 +480,7 @@ def one_of_two(campaign: Campaign, number: signal.Signals, count: int) -> Row:
 def memory(campaign: Campaign, epochs: int) -> Row:
     """Follows the memory of a run, which should not grow."""
     row = Row(f"none: memory over {epochs} epochs, described network", runs=1)
-    flags = ("--schedule.epochs", str(epochs), "--schedule.early-stopping-patience", str(epochs))
+    flags = ("--schedule.epochs", str(epochs))
     process = campaign.start("described", campaign.folder / "memory", *flags)
     resident = {}
     for epoch in range(epochs // 10, epochs + 1, epochs // 10):
