@@ -14,7 +14,7 @@ from fetal_flax.measurement.head import Head
 
 LEAST_ELLIPSE_AGREEMENT = 0.98
 LEAST_CONFIDENCE = 0.92
-LARGEST_SPREAD_MM = 15.0
+LARGEST_SPREAD_MM = 12.0
 """Of the circumference, between the probabilities 0.1 and 0.9. It and the agreement were chosen on
 half of the validation examinations."""
 PLAUSIBLE_HC_MM = (30.0, 450.0)
