@@ -71,7 +71,7 @@ def test_the_spread_is_that_of_the_circumferences_at_two_probabilities():
     assert size_spread(logits_of(drawn())) == size_spread(np.full((4, 4), -9.0)) == 0
     head = measure_head(logits > 0, outline_px=0.0)
     assert head is not None
-    for spread_mm, expected in ((14.5, ()), (15.5, ("uncertain_size",))):
+    for spread_mm, expected in ((11.5, ()), (12.5, ("uncertain_size",))):
         size = spread_mm / (2 * np.pi * 2 * off)
         assert judge(logits, head, pixel_size_mm=size).flags == expected
 
