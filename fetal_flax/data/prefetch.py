@@ -1,7 +1,6 @@
-"""Batches made, and moved to the devices, ahead of their use."""
+"""Batches moved to the devices ahead of their use."""
 
 import collections
-import concurrent.futures
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Generic, TypeVar
@@ -11,15 +10,6 @@ import numpy as np
 from jaxtyping import Array
 
 Item = TypeVar("Item")
-
-
-def made_in_thread(items: Iterator[Item]) -> Generator[Item, None, None]:
-    """Yields items, each of which a thread makes while the one before it is used."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item
 
 
 class DeviceBatches(Generic[Item]):
