@@ -18,9 +18,9 @@ from fetal_flax.data import datasets as builders
 from fetal_flax.data import host_loader, order
 from fetal_flax.data.augmentation import Transform
 from fetal_flax.data.batch import Batch
+from fetal_flax.data.host_loader import prefetch_to_device
 from fetal_flax.data.images import resize_image, resize_mask
 from fetal_flax.data.order import split_into_calls
-from fetal_flax.data.prefetch import prefetch_to_device
 from fetal_flax.errors import InputError
 
 SIZE = (32, 64)
