@@ -16,8 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from fetal_flax.config import TrainConfig
-from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset
-from fetal_flax.data.device_loader import gather_batch
+from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset, gather_batch
 from fetal_flax.data.photometric import UNCHANGED, Photometric
 from fetal_flax.models import functional
 from fetal_flax.models.convolution import compiler_options
