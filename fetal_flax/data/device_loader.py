@@ -15,12 +15,11 @@ import numpy as np
 from jaxtyping import Int64
 
 from fetal_flax._util.machine import available_cpus
-from fetal_flax.data.augmentation import sampling_matrix
 from fetal_flax.data.batch import BatchRecipe, DeviceDataset
 from fetal_flax.data.datasets import Dataset
 from fetal_flax.data.images import network_mask, resize_image
-from fetal_flax.data.order import TrainingOrder, shard_rows
 from fetal_flax.data.photometric import Photometric
+from fetal_flax.data.samples import TrainingOrder, sampling_matrix, shard_rows
 
 
 def load_device_dataset(

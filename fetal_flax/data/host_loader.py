@@ -22,11 +22,10 @@ from jaxtyping import Array
 
 from fetal_flax._util.machine import available_cpus, can_start_workers, start_worker
 from fetal_flax.config import AugmentationConfig, DataConfig
-from fetal_flax.data.augmentation import Transform, apply_transform
 from fetal_flax.data.batch import Batch
 from fetal_flax.data.datasets import Dataset
 from fetal_flax.data.images import network_mask, resize_image
-from fetal_flax.data.order import TrainingOrder, shard_rows
+from fetal_flax.data.samples import TrainingOrder, Transform, apply_transform, shard_rows
 from fetal_flax.errors import RunError
 
 Item = TypeVar("Item")

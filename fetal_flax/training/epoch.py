@@ -24,7 +24,7 @@ from fetal_flax.data.host_loader import (
     stack_steps,
     training_batches,
 )
-from fetal_flax.data.order import TrainingOrder, split_into_calls
+from fetal_flax.data.samples import TrainingOrder, split_into_calls
 from fetal_flax.errors import Interrupted, RunError
 from fetal_flax.training.distributed import is_first, shard
 from fetal_flax.training.events import (

@@ -5,9 +5,9 @@ import pytest
 
 from fetal_flax.config import AugmentationConfig
 from fetal_flax.data import hc18
-from fetal_flax.data.augmentation import Transform, apply_transform, draw_transform, sampling_matrix
 from fetal_flax.data.batch import BatchRecipe, DeviceDataset, gather_batch
 from fetal_flax.data.images import resize_image, resize_mask
+from fetal_flax.data.samples import Transform, apply_transform, draw_transform, sampling_matrix
 
 SIZE = (64, 96)
 MOVING = AugmentationConfig(affine_probability=1.0)

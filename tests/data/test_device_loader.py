@@ -17,7 +17,7 @@ from fetal_flax.data.device_loader import (
     training_recipes,
 )
 from fetal_flax.data.images import resize_image, resize_mask
-from fetal_flax.data.order import TrainingOrder, split_into_calls
+from fetal_flax.data.samples import TrainingOrder, split_into_calls
 from fetal_flax.training.sharding import create_mesh, replicated
 
 SIZE = (64, 96)
