@@ -8,8 +8,8 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeGuard
 
 from fetal_flax.errors import InputError, printable
 
@@ -23,7 +23,8 @@ _MOST_CHANNELS = 4096
 _MOST_WORKERS = 1024
 
 
-class _Rule(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Rule:
     """What a field's value must be, in words and as a test; None, where allowed, isn't tested."""
 
     words: str
@@ -126,7 +127,7 @@ _RULES: dict[str, dict[str, _Rule]] = {
 _PATHS = {"encoder": ("weights",), "data": ("data_dir", "cache_dir"), "run": ("init",)}
 
 
-def check(settings: Any, section: str) -> None:
+def check(settings: object, section: str) -> None:
     """Refuses settings that no run could use.
 
     Args:
@@ -166,7 +167,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], *, path: str = "conf
         InputError: A field is unknown, or a value is not of the field's type or range.
     """
     hints = typing.get_type_hints(cls)
-    if not isinstance(values, Mapping):
+    if not _is_mapping(values):
         raise InputError(f"{path} must hold the settings {', '.join(hints)}")
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -175,6 +176,14 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], *, path: str = "conf
     return cls(
         **{name: _convert(hints[name], value, f"{path}.{name}") for name, value in values.items()}
     )
+
+
+def _is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping)
+
+
+def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, (list, tuple))
 
 
 def _require(condition: bool, field: str, rule: str, value: object) -> None:
@@ -196,12 +205,12 @@ def _check_usable(value: Any, hint: Any, field: str) -> None:
     float32 doesn't hold may succeed.
     """
     _convert(hint, value, field)
-    for part in value if isinstance(value, (list, tuple)) else (value,):
+    for part in value if _is_sequence(value) else (value,):
         if isinstance(part, str):
             usable = part.isprintable() and len(part) <= _LONGEST_TEXT
             _require(usable, field, f"printable and up to {_LONGEST_TEXT} characters", part)
         elif isinstance(part, float):
-            usable = part == 0 or _FLOAT32[0] <= abs(part) <= _FLOAT32[1]
+            usable = part == 0.0 or _FLOAT32[0] <= abs(part) <= _FLOAT32[1]
             _require(usable, field, "a finite number that float32 holds", part)
         elif isinstance(part, int) and field != "seed":
             usable = abs(part) <= _LARGEST_COUNT
@@ -211,14 +220,15 @@ def _check_usable(value: Any, hint: Any, field: str) -> None:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     """Returns `value` as the type `hint` asks for, or raises InputError naming `path`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(hint, type) and type(value) is hint and dataclasses.is_dataclass(hint):
-        return value
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_dict(typing.cast(type, hint), value, path=path)
+    if dataclasses.is_dataclass(hint):
+        if type(value) is hint:
+            return value
+        if _is_mapping(value):
+            return from_dict(typing.cast(type[Any], hint), value, path=path)
     # True == 1 == 1.0, so equality alone is not enough.
     if origin is Literal and any(type(value) is type(a) and value == a for a in arguments):
         return value
-    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
+    if origin is tuple and _is_sequence(value) and len(value) == len(arguments):
         return tuple(_convert(h, v, path) for h, v in zip(arguments, value, strict=True))
     if origin in (typing.Union, types.UnionType):
         for alternative in arguments:

@@ -1,6 +1,9 @@
 """The rooms of the package, who may import whom, and what each room can do without."""
 
 import ast
+import functools
+import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,3 +125,17 @@ def test_a_room_does_without(module, without):
     code = f"import sys; {blocked}import {module}"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_the_way_from_file_to_gradient_is_as_documented():
+    """docs/decisions.md lists it: at most twelve functions in five files."""
+    text = (PACKAGE.parent / "docs" / "decisions.md").read_text()
+    section = text.split("**From file to gradient**")[1].split("**`train_step`")[0]
+    rows = re.findall(r"^\| `([\w/]+)\.py` \|.*\| (.*) \|$", section, re.MULTILINE)
+    functions = [(file, name) for file, names in rows for name in re.findall(r"`(.*?)`", names)]
+    assert len(functions) == 12
+    assert len({file for file, _ in functions}) == 5
+    for file, name in functions:
+        module = importlib.import_module("fetal_flax." + file.replace("/", "."))
+        function = functools.reduce(getattr, name.split("."), module)
+        assert callable(function) and function.__module__ == module.__name__

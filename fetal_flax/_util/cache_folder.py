@@ -19,12 +19,25 @@ def cache_folder(cache_dir: str) -> Path:
     if not cache_dir.startswith("~"):
         return Path(cache_dir)
     try:
-        folder = Path(cache_dir).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError):  # The second: neither $HOME nor an entry in passwd.
+        return writable_folder(cache_dir)
+    except (OSError, RuntimeError):
         return _temporary_folder()
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Returns a folder that files can be made in; makes it if needed.
+
+    Args:
+        path: The folder; `~` is the user's home.
+
+    Raises:
+        OSError: It can't be made, or nothing can be written to it.
+        RuntimeError: There is no home: neither $HOME nor an entry in passwd tells it.
+    """
+    folder = Path(path).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):  # It may be there and not for this user.
+        return folder
 
 
 def _temporary_folder() -> Path:

@@ -4,8 +4,9 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import tempfile
 from pathlib import Path
+
+from fetal_flax._util.cache_folder import writable_folder
 
 _DIRECTORY = "JAX_COMPILATION_CACHE_DIR"
 _SHORTEST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
@@ -21,11 +22,8 @@ def keep_compilations(cache_dir: str) -> None:
     if _DIRECTORY in os.environ:
         return
     try:
-        folder = Path(cache_dir).expanduser() / "compiled" / _machine()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # It may be there and not for this user.
-            pass
-    except (OSError, RuntimeError):  # The second: no home, nor an entry in passwd that tells it.
+        folder = writable_folder(Path(cache_dir, "compiled", _machine()))
+    except (OSError, RuntimeError):
         return
     os.environ[_DIRECTORY] = str(folder)
     # JAX's default, a second, leaves out half of what a start compiles.

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import filelock
@@ -12,7 +12,7 @@ from fetal_flax.errors import InputError
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[None]:
+def locked(path: Path, *, wait: bool) -> Generator[None, None, None]:
     """Holds a lock file against other processes; a killed one lets go.
 
     Args:

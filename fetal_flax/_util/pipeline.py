@@ -2,7 +2,7 @@
 
 import collections
 import concurrent.futures
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TypeVar
 
 from fetal_flax._util.machine import available_cpus
@@ -75,3 +75,12 @@ def map_in_threads(
 ) -> Iterator[Result]:
     """Yields `function(item)` of each item, in order, as `in_threads` computes it."""
     return (future.result() for future in in_threads(function, items, threads))
+
+
+def made_in_thread(items: Iterator[Item]) -> Generator[Item, None, None]:
+    """Yields items, each of which a thread makes while the one before it is used."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item

@@ -4,13 +4,13 @@ import contextlib
 import signal
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 
 
 @contextlib.contextmanager
 def handled(
     numbers: Iterable[signal.Signals], handler: Callable[[int, types.FrameType | None], None]
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """Gives the signals `numbers` to `handler` inside, and to whoever had them before afterwards.
 
     Signals reach the main thread alone; in another one nothing changes.

@@ -35,7 +35,7 @@ class Description:
     """Height and width that the network was trained at."""
     config: Mapping[str, Any] | None = None
     """The training run's config, where there was one."""
-    progress: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    progress: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     """Epoch, history and schedule state of the run, or the source of a conversion."""
 
     @property

@@ -184,7 +184,7 @@ def _read_state_dicts(path: Path) -> list[StateDict]:
     found: list[StateDict] = []
     _collect(saved, (), found)
     if not found:
-        raise CheckpointError(_no_tensors(saved))
+        raise CheckpointError(_why_no_tensors(saved))
     return sorted(found, key=lambda state: _rank(state.keys))
 
 
@@ -254,11 +254,11 @@ def _objects(saved: Any, depth: int) -> Iterator[str]:
             yield from _objects(value, depth - 1)
 
 
-def _no_tensors(saved: Any) -> str:
+def _why_no_tensors(saved: Any) -> str:
     """Returns what is wrong with an object without a state dict."""
     objects = list(_objects(saved, _DEPTH))
     if narrow := [name for name in objects if name.startswith("torch.float8")]:
-        raise CheckpointError(_TOO_NARROW.format(narrow[0]))
+        return _TOO_NARROW.format(narrow[0])
     if objects:
         return (
             f"holds no named tensors, but {_short(objects[0])}, which is no part of a state dict "

@@ -1,8 +1,12 @@
 """What a training step takes: a batch of images, or a data set on the devices and what to take."""
 
+import functools
 from typing import NamedTuple, TypeAlias
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Bool, Float32, Int32, UInt8
 
 from fetal_flax.data.photometric import Photometric
@@ -42,3 +46,47 @@ class BatchRecipe(NamedTuple):
     """From a pixel of the batch to where in the image it is taken from: `sampling_matrix`."""
     photometric: Photometric | None = None
     """How the step varies grey levels, where it does; its arrays are "steps batch"."""
+
+
+def gather_batch(
+    dataset: DeviceDataset, recipe: BatchRecipe, channels: int, *, soft_masks: bool = False
+) -> Batch:
+    """Returns the batch of one step; a pure function for use under jit.
+
+    The warp agrees with that of `apply_transform` to a grey level (tests/data/test_batch.py).
+
+    Args:
+        dataset: The images.
+        recipe: One step's, without the leading axis.
+        channels: Channels of the images; grey is repeated.
+        soft_masks: The setting `data.soft_masks`.
+    """
+    index = jnp.asarray(recipe.indices)
+    image, mask = jax.vmap(functools.partial(_warp, soft=soft_masks))(
+        dataset.image[index], dataset.mask[index], jnp.asarray(recipe.affine)
+    )
+    return Batch(
+        image=jnp.repeat(image[..., None], channels, axis=-1),
+        mask=mask[..., None],
+        valid=index >= 0,
+        index=index,
+        photometric=recipe.photometric,
+    )
+
+
+def _warp(
+    image: UInt8[Array, "height width"],
+    mask: UInt8[Array, "height width"],
+    matrix: Float32[Array, "2 3"],
+    *,
+    soft: bool,
+) -> tuple[UInt8[Array, "height width"], UInt8[Array, "height width"]]:
+    """Samples an image bilinearly and its mask at the nearest pixel, or alike; 0 lies outside."""
+    y, x = jnp.mgrid[: image.shape[0], : image.shape[1]].astype(jnp.float32)
+    from_x, from_y = (row[0] * x + row[1] * y + row[2] for row in matrix)
+
+    def sample(pixels: UInt8[Array, "height width"], order: int) -> UInt8[Array, "height width"]:
+        values = map_coordinates(pixels.astype(jnp.float32), (from_y, from_x), order=order)
+        return (jnp.round(values) if order else values).astype(jnp.uint8)
+
+    return sample(image, 1), sample(mask, int(soft))

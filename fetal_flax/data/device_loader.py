@@ -1,28 +1,25 @@
-"""Batches from the devices' own memory: shuffled, varied and gathered without the host.
+"""Data sets in the devices' own memory, and the recipes of batches that are gathered there.
 
 HC18 at 256×256 is 131 MB as uint8. Once there, an epoch needs nothing from the host but which
 image stands where and how it is warped, a few kilobytes, so nothing can wait for data. Order and
-augmentation are those of the host's loader (`TrainingOrder`), drawn by the same code; the warp
-agrees with albumentations' to a grey level (tests/data/test_device_loader.py).
+augmentation are those of the host's loader (`TrainingOrder`), drawn by the same code; the steps
+make batches of them (`gather_batch`).
 """
 
 import concurrent.futures
-import functools
 from collections.abc import Generator, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.ndimage import map_coordinates
-from jaxtyping import Array, Float32, Int64, UInt8
+from jaxtyping import Int64
 
 from fetal_flax._util.machine import available_cpus
-from fetal_flax.data.augmentation import sampling_matrix
-from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset
+from fetal_flax.data.batch import BatchRecipe, DeviceDataset
 from fetal_flax.data.datasets import Dataset
 from fetal_flax.data.images import network_mask, resize_image
-from fetal_flax.data.order import TrainingOrder, shard_rows
 from fetal_flax.data.photometric import Photometric
+from fetal_flax.data.samples import TrainingOrder, sampling_matrix, shard_rows
 
 
 def load_device_dataset(
@@ -106,45 +103,3 @@ def evaluation_recipes(
         own = whole[:, rows.start : rows.stop]
         unmoved = np.broadcast_to(np.eye(2, 3, dtype=np.float32), (*own.shape, 2, 3))
         yield BatchRecipe(own, unmoved)
-
-
-def gather_batch(
-    dataset: DeviceDataset, recipe: BatchRecipe, channels: int, *, soft_masks: bool = False
-) -> Batch:
-    """Returns the batch of one step; a pure function for use under jit.
-
-    Args:
-        dataset: The images.
-        recipe: One step's, without the leading axis.
-        channels: Channels of the images; grey is repeated.
-        soft_masks: The setting `data.soft_masks`.
-    """
-    index = jnp.asarray(recipe.indices)
-    image, mask = jax.vmap(functools.partial(_warp, soft=soft_masks))(
-        dataset.image[index], dataset.mask[index], jnp.asarray(recipe.affine)
-    )
-    return Batch(
-        image=jnp.repeat(image[..., None], channels, axis=-1),
-        mask=mask[..., None],
-        valid=index >= 0,
-        index=index,
-        photometric=recipe.photometric,
-    )
-
-
-def _warp(
-    image: UInt8[Array, "height width"],
-    mask: UInt8[Array, "height width"],
-    matrix: Float32[Array, "2 3"],
-    *,
-    soft: bool,
-) -> tuple[UInt8[Array, "height width"], UInt8[Array, "height width"]]:
-    """Samples an image bilinearly and its mask at the nearest pixel, or alike; 0 lies outside."""
-    y, x = jnp.mgrid[: image.shape[0], : image.shape[1]].astype(jnp.float32)
-    from_x, from_y = (row[0] * x + row[1] * y + row[2] for row in matrix)
-
-    def sample(pixels: UInt8[Array, "height width"], order: int) -> UInt8[Array, "height width"]:
-        values = map_coordinates(pixels.astype(jnp.float32), (from_y, from_x), order=order)
-        return (jnp.round(values) if order else values).astype(jnp.uint8)
-
-    return sample(image, 1), sample(mask, int(soft))

@@ -1,27 +1,34 @@
-"""Batches from the host: records loaded and varied by threads or worker processes, ahead of use."""
+"""Batches from the host: records loaded and varied by threads or worker processes, ahead of use.
+
+Whatever the host makes, batches or recipes, `prefetch_to_device` moves to the devices.
+"""
 
 import atexit
+import collections
 import contextlib
 import dataclasses
 import errno
 import itertools
+import time
 import weakref
-from collections.abc import Generator, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 import grain
 import jax
 import numpy as np
 from absl import flags
+from jaxtyping import Array
 
 from fetal_flax._util.machine import available_cpus, can_start_workers, start_worker
 from fetal_flax.config import AugmentationConfig, DataConfig
-from fetal_flax.data.augmentation import Transform, apply_transform
 from fetal_flax.data.batch import Batch
 from fetal_flax.data.datasets import Dataset
 from fetal_flax.data.images import network_mask, resize_image
-from fetal_flax.data.order import TrainingOrder, shard_rows
+from fetal_flax.data.samples import TrainingOrder, Transform, apply_transform, shard_rows
 from fetal_flax.errors import RunError
+
+Item = TypeVar("Item")
 
 
 class WorkerDiedError(Exception):
@@ -105,6 +112,67 @@ def evaluation_batches(
     sampler = _Sampler(dataset, config.image_size, channels, config.soft_masks)
     samples = _EvaluationSamples(sampler, tuple(indices), batch_size, rows)
     return _batches(samples, len(rows), config.prefetch, workers=0)
+
+
+class DeviceBatches(Generic[Item]):
+    """Iterator over batches on the devices; `prefetch_to_device` makes it."""
+
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        sharding: jax.sharding.Sharding,
+        size: int,
+        prepare: Callable[[Any], Item],
+    ):
+        self._batches = batches
+        self._sharding = sharding
+        self._size = size
+        self._prepare = prepare
+        self._ready: collections.deque[Item] = collections.deque()
+        self.waited_seconds = 0.0
+        """Time spent in waiting for the host's batches; the rest of the loop is not counted."""
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        while len(self._ready) < self._size and (batch := self._next_on_host()) is not None:
+            # Returns at once: the transfer runs while the device computes.
+            self._ready.append(self._prepare(jax.tree.map(self._put, batch)))
+        if not self._ready:
+            raise StopIteration
+        return self._ready.popleft()
+
+    def close(self) -> None:
+        """Ends the workers behind the batches, where there are any."""
+        if isinstance(self._batches, Generator):
+            self._batches.close()
+
+    def _next_on_host(self) -> Any:
+        start = time.perf_counter()
+        batch = next(self._batches, None)
+        self.waited_seconds += time.perf_counter() - start
+        return batch
+
+    def _put(self, array: np.ndarray) -> Array:
+        return jax.make_array_from_process_local_data(self._sharding, array)
+
+
+def prefetch_to_device(
+    batches: Iterator[Any],
+    sharding: jax.sharding.Sharding,
+    size: int = 2,
+    prepare: Callable[[Any], Item] = lambda batch: batch,
+) -> DeviceBatches[Item]:
+    """Moves batches, or what else a step takes, to the devices ahead of their use.
+
+    Args:
+        batches: Batches on the host; with several processes, each one's share.
+        sharding: How their arrays are spread over the devices.
+        size: How many batches lie on the devices at a time.
+        prepare: What is done to each on the devices.
+    """
+    return DeviceBatches(batches, sharding, size, prepare)
 
 
 @dataclasses.dataclass(frozen=True)

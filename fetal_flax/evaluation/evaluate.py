@@ -246,7 +246,7 @@ def _worst_cases(output: Path, measured: Measured) -> list[WorstCase]:
     """Draws the images whose ellipse has the lowest Dice, with the masks that were written."""
     images = zip(measured.indices, measured.rows, measured.heads, strict=True)
     worst = sorted(images, key=lambda image: image[1].metrics["ellipse_dice"])[:WORST_CASES]
-    cases = []
+    cases: list[WorstCase] = []
     for index, row, head in worst:
         record = measured.dataset.record(index)
         mask = read_gray(output / "masks" / f"{record.name}.png") > 0

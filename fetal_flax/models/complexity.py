@@ -13,7 +13,7 @@ from fetal_flax.models import functional
 from fetal_flax.models.interface import Logits
 from fetal_flax.models.layers import Conv, FeatureMap, UpConv
 
-DESCRIPTION = {
+DESCRIPTION: dict[str, float] = {
     "parameters": 3_403_809,
     "trainable": 1_192_737,
     "frozen": 2_211_072,

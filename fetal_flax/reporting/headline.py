@@ -12,7 +12,7 @@ def headline(metrics: Mapping[str, Any], output: Path) -> str:
         metrics: What `metrics.json` holds.
         output: The folder that has it.
     """
-    lines = []
+    lines: list[str] = []
     for title, of_ellipse in (
         ("ellipse of the mask's largest region:", True),
         ("raw mask:", False),

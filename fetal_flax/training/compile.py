@@ -16,8 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from fetal_flax.config import TrainConfig
-from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset
-from fetal_flax.data.device_loader import gather_batch
+from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset, gather_batch
 from fetal_flax.data.photometric import UNCHANGED, Photometric
 from fetal_flax.models import functional
 from fetal_flax.models.convolution import compiler_options
@@ -27,8 +26,8 @@ from fetal_flax.training.step import (
     Metrics,
     TrainState,
     encode_step,
-    fold_static_encoder,
     initial_state,
+    train_chunk,
     train_step,
     validation_step,
 )
@@ -60,57 +59,37 @@ def create_programs(config: TrainConfig, mesh: Mesh, *, steps_per_epoch: int = 1
         steps_per_epoch: What warm-up and cosine count epochs by.
     """
     whole, split, stacked = replicated(mesh), batch_sharding(mesh), step_sharding(mesh)
-
-    step = functools.partial(train_step, config=config, steps_per_epoch=steps_per_epoch)
+    settings = {"config": config, "steps_per_epoch": steps_per_epoch}
+    chunk = functools.partial(train_chunk, batch_sharding=split, **settings)
 
     def train(
         state: TrainState, pos_weight: float | Array, batch: Batch
     ) -> tuple[TrainState, Metrics]:
-        return step(state, batch, pos_weight=pos_weight)
-
-    def gather(dataset: DeviceDataset, recipe: BatchRecipe) -> Batch:
-        batch = gather_batch(
-            dataset, recipe, config.model.in_channels, soft_masks=config.data.soft_masks
-        )
-        return jax.lax.with_sharding_constraint(batch, split)
-
-    def train_chunk(
-        state: TrainState,
-        pos_weight: float | Array,
-        dataset: DeviceDataset | None,
-        items: Batch | BatchRecipe,
-    ) -> tuple[TrainState, Metrics]:
-        # Not in every step anew: on a GPU that is a kernel or two for each of its arrays.
-        encoder = fold_static_encoder(config, state)
-
-        def body(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
-            batch = item if dataset is None else gather(dataset, item)
-            return step(state, batch, pos_weight=pos_weight, folded_encoder=encoder)
-
-        return jax.lax.scan(body, state, items)
+        return train_step(state, batch, pos_weight=pos_weight, **settings)
 
     def validate(
         variables: Variables, pos_weight: float | Array, batch: Batch, features: Any
     ) -> Metrics:
         return validation_step(variables, batch, features, config=config, pos_weight=pos_weight)
 
+    def gather(dataset: DeviceDataset, recipe: BatchRecipe) -> Batch:
+        one_step = jax.tree.map(lambda a: a[0], recipe)
+        soft_masks = config.data.soft_masks
+        return gather_batch(dataset, one_step, config.model.in_channels, soft_masks=soft_masks)
+
     options = compiler_options(deterministic=config.deterministic)
     jit = functools.partial(jax.jit, compiler_options=options)
     trained = {"out_shardings": (whole, whole), "donate_argnums": 0}
     return Programs(
         jit(train, in_shardings=(whole, whole, split), **trained),
-        jit(train_chunk, in_shardings=(whole, whole, whole, stacked), **trained),
+        jit(chunk, in_shardings=(whole, whole, whole, stacked), **trained),
         jit(validate, in_shardings=(whole, whole, split, split), out_shardings=whole),
         jit(
             functools.partial(encode_step, config=config),
             in_shardings=(whole, split),
             out_shardings=split,
         ),
-        jit(
-            lambda dataset, recipe: gather(dataset, jax.tree.map(lambda a: a[0], recipe)),
-            in_shardings=(whole, stacked),
-            out_shardings=split,
-        ),
+        jit(gather, in_shardings=(whole, stacked), out_shardings=split),
     )
 
 

@@ -13,12 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from fetal_flax._util.files import write_atomically
+from fetal_flax._util.pipeline import made_in_thread
 from fetal_flax.config import DataConfig
 from fetal_flax.data.batch import Batch
 from fetal_flax.data.device_loader import training_recipes
-from fetal_flax.data.host_loader import WorkerDiedError, stack_steps, training_batches
-from fetal_flax.data.order import TrainingOrder, split_into_calls
-from fetal_flax.data.prefetch import DeviceBatches, made_in_thread, prefetch_to_device
+from fetal_flax.data.host_loader import (
+    DeviceBatches,
+    WorkerDiedError,
+    prefetch_to_device,
+    stack_steps,
+    training_batches,
+)
+from fetal_flax.data.samples import TrainingOrder, split_into_calls
 from fetal_flax.errors import Interrupted, RunError
 from fetal_flax.training.distributed import is_first, shard
 from fetal_flax.training.events import (

@@ -40,6 +40,11 @@ def label_parameters(names: Iterable[str], rules: tuple[tuple[str, str], ...]) -
     return labels
 
 
+def parameter_labels(config: TrainConfig, names: Iterable[str]) -> dict[str, str]:
+    """Returns the group of every parameter of a run."""
+    return label_parameters(names, freezing_rules(config))
+
+
 def create_optimizer(
     config: OptimizerConfig, labels: dict[str, str]
 ) -> optax.GradientTransformationExtraArgs:

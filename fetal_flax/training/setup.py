@@ -21,7 +21,7 @@ from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset
 from fetal_flax.data.class_balance import foreground_pixels
 from fetal_flax.data.datasets import Dataset, open_dataset
 from fetal_flax.data.device_loader import device_foreground_pixels, load_device_dataset
-from fetal_flax.data.order import steps_per_epoch
+from fetal_flax.data.samples import steps_per_epoch
 from fetal_flax.errors import InputError
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables

@@ -1,11 +1,11 @@
-"""One training step and one validation step, as pure functions.
+"""One training step, several in a call, and one validation step, as pure functions.
 
-`train_step` is what a run does, once per batch; `compile.py` jits it over a mesh of devices and
-lets a call do several. The batch may be sharded: sums over it, those of batch norm among them, are
-global then, and XLA inserts the collectives.
+`train_step` is what a run does, once per batch; `train_chunk` repeats it, and `compile.py` jits
+them over a mesh of devices. The batch may be sharded: sums over it, those of batch norm among them,
+are global then, and XLA inserts the collectives.
 """
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from fetal_flax._util.backend import target_backend
 from fetal_flax.config import TrainConfig
-from fetal_flax.data.batch import Batch
+from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset, gather_batch
 from fetal_flax.data.photometric import apply_photometric
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Arrays, Variables
@@ -23,9 +23,8 @@ from fetal_flax.training.losses import dice_bce, hard_dice
 from fetal_flax.training.optimizer import (
     FROZEN,
     create_optimizer,
-    freezing_rules,
     initial_learning_rates,
-    label_parameters,
+    parameter_labels,
 )
 from fetal_flax.training.schedule import rate_factor
 
@@ -146,6 +145,52 @@ def loss_and_gradients(
     return LossAndGradients(loss, gradients, batch_stats, logits)
 
 
+def train_chunk(
+    state: TrainState,
+    pos_weight: float | Array,
+    dataset: DeviceDataset | None,
+    items: Batch | BatchRecipe,
+    *,
+    config: TrainConfig,
+    batch_sharding: jax.sharding.Sharding,
+    steps_per_epoch: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """Trains on several batches, one step after the other in one call.
+
+    Args:
+        state: Before the first step.
+        pos_weight: As in `train_step`.
+        dataset: The images on the devices; None where the host makes the batches.
+        items: The steps' batches, or recipes of them, behind a leading axis of steps.
+        config: The run.
+        batch_sharding: How the devices share a batch that is made of a recipe.
+        steps_per_epoch: As in `train_step`.
+
+    Returns:
+        The state after the last step, and each step's metrics.
+    """
+    # Not in every step anew: on a GPU that is a kernel or two for each of its arrays.
+    encoder = fold_static_encoder(config, state)
+
+    def step(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
+        batch = item
+        if dataset is not None:
+            batch = gather_batch(
+                dataset, item, config.model.in_channels, soft_masks=config.data.soft_masks
+            )
+            batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
+        return train_step(
+            state,
+            batch,
+            config=config,
+            pos_weight=pos_weight,
+            steps_per_epoch=steps_per_epoch,
+            folded_encoder=encoder,
+        )
+
+    return jax.lax.scan(step, state, items)
+
+
 def validation_step(
     variables: Variables,
     batch: Batch,
@@ -226,11 +271,6 @@ def fold_static_encoder(config: TrainConfig, state: TrainState) -> Arrays | None
     if config.model.name == "unet" or not encoder_is_static(config):
         return None
     return functional.fold_encoder(config.model, Variables(state.params, state.batch_stats))
-
-
-def parameter_labels(config: TrainConfig, params: Arrays) -> dict[str, str]:
-    """Returns the group of every parameter of a run."""
-    return label_parameters(params, freezing_rules(config))
 
 
 def all_finite(arrays: tuple[Array, Arrays]) -> Array:

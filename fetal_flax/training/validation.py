@@ -11,8 +11,7 @@ import numpy as np
 
 from fetal_flax.data.batch import Batch
 from fetal_flax.data.device_loader import evaluation_recipes
-from fetal_flax.data.host_loader import evaluation_batches
-from fetal_flax.data.prefetch import DeviceBatches, prefetch_to_device
+from fetal_flax.data.host_loader import DeviceBatches, evaluation_batches, prefetch_to_device
 from fetal_flax.errors import Interrupted
 from fetal_flax.measurement.ellipse_overlap import ellipse_dice
 from fetal_flax.models.functional import Variables

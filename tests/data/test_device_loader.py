@@ -2,25 +2,22 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fetal_flax.config import AugmentationConfig, DataConfig
 from fetal_flax.data import datasets as builders
-from fetal_flax.data import hc18, host_loader
-from fetal_flax.data.augmentation import Transform, apply_transform, draw_transform, sampling_matrix
-from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset
+from fetal_flax.data import host_loader
+from fetal_flax.data.batch import Batch, BatchRecipe, DeviceDataset, gather_batch
 from fetal_flax.data.class_balance import foreground_pixels
 from fetal_flax.data.device_loader import (
     device_foreground_pixels,
     evaluation_recipes,
-    gather_batch,
     load_device_dataset,
     training_recipes,
 )
 from fetal_flax.data.images import resize_image, resize_mask
-from fetal_flax.data.order import TrainingOrder, split_into_calls
+from fetal_flax.data.samples import TrainingOrder, split_into_calls
 from fetal_flax.training.sharding import create_mesh, replicated
 
 SIZE = (64, 96)
@@ -123,35 +120,6 @@ def test_recipes_of_any_length_and_start_take_the_same(dataset, images_on_device
     together = jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *shares)
     jax.tree.map(np.testing.assert_array_equal, together, whole)
     assert set(whole.indices.ravel().tolist()) <= {0, 2, 3, 5}
-
-
-def test_the_warp_is_albumentations_own_on_real_images(hc18_sample):
-    warp = jax.jit(gather_batch, static_argnames="channels")
-    for number, record in enumerate(hc18_sample[::5]):
-        native, mask = hc18.load(record)
-        image, mask = resize_image(native, (256, 256)), resize_mask(mask, (256, 256))
-        transform = draw_transform(MOVING, np.random.default_rng(number))
-        expected, expected_mask = apply_transform(transform, image, mask)
-        matrix = sampling_matrix(transform, image.shape).astype(np.float32)
-        images_on_device = DeviceDataset(jnp.asarray(image[None]), jnp.asarray(mask[None] // 255))
-        batch = warp(images_on_device, BatchRecipe(np.zeros(1, np.int32), matrix[None]), channels=1)
-        difference = np.abs(np.asarray(batch.image)[0, ..., 0].astype(int) - expected)
-        assert difference.max() <= 1 and difference.mean() < 0.01
-        assert (np.asarray(batch.mask)[0, ..., 0] != expected_mask // 255).mean() < 1e-4
-
-
-@pytest.mark.parametrize(
-    "transform",
-    [Transform(), Transform(flip=True), Transform(shift=(3 / 64, -6 / 96))],
-    ids=["none", "flip", "shift"],
-)
-def test_what_meets_the_pixels_is_exact(images_on_device, transform):
-    image, mask = (np.asarray(array[0]) for array in images_on_device)
-    matrix = sampling_matrix(transform, SIZE).astype(np.float32)
-    batch = take(images_on_device, BatchRecipe(np.zeros(1, np.int32), matrix[None]), 1)
-    expected, expected_mask = apply_transform(transform, image, mask)
-    np.testing.assert_array_equal(batch.image[0, ..., 0], expected)
-    np.testing.assert_array_equal(batch.mask[0, ..., 0], expected_mask)
 
 
 def test_an_evaluation_takes_every_record_once_and_marks_the_padding(dataset, images_on_device):

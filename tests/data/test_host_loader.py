@@ -15,12 +15,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fetal_flax.config import AugmentationConfig, DataConfig
 from fetal_flax.data import datasets as builders
-from fetal_flax.data import host_loader, order
-from fetal_flax.data.augmentation import Transform
+from fetal_flax.data import host_loader, samples
 from fetal_flax.data.batch import Batch
+from fetal_flax.data.host_loader import prefetch_to_device
 from fetal_flax.data.images import resize_image, resize_mask
-from fetal_flax.data.order import split_into_calls
-from fetal_flax.data.prefetch import prefetch_to_device
+from fetal_flax.data.samples import Transform, split_into_calls
 from fetal_flax.errors import InputError
 
 SIZE = (32, 64)
@@ -154,13 +153,13 @@ def test_seed_changes_order_and_augmentation(dataset, config):
 
 def test_augmentation_differs_between_epochs_and_records(dataset, config, monkeypatch):
     drawn = []
-    draw = order.draw_transform
+    draw = samples.draw_transform
 
     def spy(augmentation, rng) -> Transform:
         drawn.append(draw(augmentation, rng))
         return drawn[-1]
 
-    monkeypatch.setattr(order, "draw_transform", spy)
+    monkeypatch.setattr(samples, "draw_transform", spy)
     always = AugmentationConfig(affine_probability=1)
     _train(dataset, config, always, total_steps=20)
     assert len(drawn) == len(set(drawn)) == 40

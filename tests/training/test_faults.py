@@ -15,8 +15,7 @@ import pytest
 from fetal_flax import checkpoints
 from fetal_flax._util.locks import locked
 from fetal_flax.commands.main import main
-from fetal_flax.data.host_loader import WorkerDiedError
-from fetal_flax.data.prefetch import DeviceBatches
+from fetal_flax.data.host_loader import DeviceBatches, WorkerDiedError
 from fetal_flax.errors import InputError, Interrupted, RunError
 from fetal_flax.training import epoch, run, setup, workdir
 from fetal_flax.training.distributed import run_on_all_processes

@@ -64,7 +64,7 @@ def find_records(folder: Path | str) -> tuple[HC18Record, ...]:
     """
     images, csv_path = _locate(Path(folder))
     rows, faults = read_rows(csv_path)
-    records = []
+    records: list[HC18Record] = []
     paths = [path for path in sorted(images.iterdir()) if _IMAGE_NAME.fullmatch(path.name)]
     rows = find_rows(rows, [path.name for path in paths])
     problems = [problem for name, problem in faults if name in rows]

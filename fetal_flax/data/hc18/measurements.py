@@ -42,7 +42,7 @@ def read_pixel_sizes(csv_path: Path, names: Collection[str] | None = None) -> di
     rows, problems = read_rows(csv_path, COLUMNS[:2])
     wanted = dict(rows) if names is None else find_rows(rows, names)
     faults = [problem for name, problem in problems if names is None or name in wanted]
-    sizes = {}
+    sizes: dict[str, float] = {}
     for name, row in wanted.items():
         try:
             sizes[name] = positive_mm(row, COLUMNS[1], csv_path.name)
@@ -172,7 +172,7 @@ def _places(header: Sequence[str], columns: Sequence[str]) -> dict[str, int]:
     def plain(name: str) -> str:
         return re.sub(r"[\s()\[\]_.-]", "", name).casefold()
 
-    places = {}
+    places: dict[str, int] = {}
     for column in columns:
         for names, name in ((list(header), column), ([*map(plain, header)], plain(column))):
             if names.count(name) == 1:

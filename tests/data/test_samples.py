@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fetal_flax.config import AugmentationConfig
-from fetal_flax.data.augmentation import Transform, apply_transform, draw_transform
+from fetal_flax.data.samples import Transform, apply_transform, draw_transform
 
 SIZE = (96, 128)
 
