@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fetal_flax"
-EVERYWHERE = {"errors", "config", "config_rules", "_util"}
+EVERYWHERE = {"errors", "config", "config_rules", "_util", "__version__"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),

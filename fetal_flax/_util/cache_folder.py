@@ -40,6 +40,20 @@ def writable_folder(path: str | Path) -> Path:
         return folder
 
 
+def check_temporary_files() -> None:
+    """Refuses to go on where nothing can be written, as in a container that gives no folder for it.
+
+    Raises:
+        InputError: There is no place for temporary files.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        raise InputError(
+            "no folder for temporary files can be written: give one as TMPDIR"
+        ) from None
+
+
 def _temporary_folder() -> Path:
     owner = os.getuid() if hasattr(os, "getuid") else ""
     try:

@@ -53,23 +53,39 @@ class GrowingFile:
     """A file that is whole after every addition, whatever ends the process.
 
     It appears with the first addition; what was at its place before is removed at once, so that
-    it never passes for new. `close` it, or use it as a context manager.
+    it never passes for new, but for what is to be kept of it. `close` it, or use it as a context
+    manager.
 
     Args:
         path: The file; its folder is made if needed.
         head: Its first bytes.
         tail: Its last bytes, always behind what was added.
         separator: Stands between two additions.
+        kept: Additions of before, with which it begins.
 
     Raises:
-        InputError: What was there before can't be removed.
+        InputError: What was there before can't be removed or replaced.
     """
 
-    def __init__(self, path: Path, head: bytes, *, tail: bytes = b"", separator: bytes = b""):
+    def __init__(
+        self,
+        path: Path,
+        head: bytes,
+        *,
+        tail: bytes = b"",
+        separator: bytes = b"",
+        kept: Sequence[bytes] = (),
+    ):
         self._path, self._head, self._tail, self._separator = path, head, tail, separator
         self._descriptor: int | None = None
         self._end = 0
         try:
+            if kept:
+                content = head + separator.join(kept)
+                write_atomically(path, content + tail)
+                self._descriptor = os.open(path, os.O_WRONLY)
+                self._end = len(content)
+                return
             path.unlink(missing_ok=True)
         except NotADirectoryError:
             pass
@@ -124,14 +140,56 @@ class GrowingFile:
         self.close()
 
 
-def growing_csv(path: Path, columns: Sequence[str]) -> GrowingFile:
-    """Returns a CSV to which `csv_bytes([row])` is added."""
-    return GrowingFile(path, csv_bytes([columns]))
+def growing_csv(
+    path: Path, columns: Sequence[str], kept: Sequence[Sequence[object]] = ()
+) -> GrowingFile:
+    """Returns a CSV to which `csv_bytes([row])` is added behind the rows `kept`."""
+    return GrowingFile(path, csv_bytes([columns]), kept=[csv_bytes([row]) for row in kept])
 
 
-def growing_json(path: Path) -> GrowingFile:
-    """Returns a JSON list to which texts of objects are added."""
-    return GrowingFile(path, b"[\n", tail=b"\n]\n", separator=b",\n")
+def whole_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
+    """Returns the rows that `growing_csv` has written whole; none where it wrote no such file."""
+    content, head = _content(path), csv_bytes([columns])
+    rows: list[list[str]] = []
+    if not content.startswith(head):
+        return rows
+    end = len(head)
+    text = io.StringIO(content[end:].decode(errors="replace"), newline="")
+    with contextlib.suppress(csv.Error):  # Of what is no text.
+        for row in csv.reader(text):
+            line = csv_bytes([row])
+            # Half a row reads as one too, but isn't written like that.
+            if len(row) != len(columns) or not content.startswith(line, end):
+                break
+            rows.append(row)
+            end += len(line)
+    return rows
+
+
+def growing_json(path: Path, kept: Sequence[bytes] = ()) -> GrowingFile:
+    """Returns a JSON list to which texts of objects, a line each, are added behind `kept`."""
+    return GrowingFile(path, b"[\n", tail=b"\n]\n", separator=b",\n", kept=kept)
+
+
+def whole_objects(path: Path) -> list[bytes]:
+    """Returns the texts that `growing_json` has written whole; none where it wrote no such file."""
+    texts: list[bytes] = []
+    for line in _content(path).split(b"\n")[1:]:
+        text = line.removesuffix(b",")
+        try:
+            if not isinstance(json.loads(text), dict):
+                break
+        except ValueError:
+            break
+        texts.append(text)
+    return texts
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _not_written(path: Path, error: OSError) -> InputError:

@@ -11,6 +11,7 @@ from typing import Any
 import absl.logging
 import tyro
 
+from fetal_flax._util.cache_folder import check_temporary_files
 from fetal_flax._util.compilation_cache import keep_compilations
 from fetal_flax._util.console import harden_streams
 from fetal_flax.commands.benchmark import Benchmark
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # raise as well; OpenCV and pydicom warn of broken files, which our own sentences name.
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    # Without a home Matplotlib warns that it keeps its list of fonts among the temporary files.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     if arguments == ["--version"]:
         from fetal_flax import __version__
@@ -80,16 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fetal-flax {name}: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        if error.filename is None:
-            raise
-        # A name that is too long, a folder that may not be entered, a disk that is full.
-        print(
-            one_line(
-                f"fetal-flax {name}: can't use {error.filename} ({error.strerror}): choose another "
-                "path or make this one usable"
-            ),
-            file=sys.stderr,
-        )
+        print(f"fetal-flax {name}: {one_line(_sentence(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         if str(interrupt):
@@ -115,6 +109,21 @@ def parse(name: str, flags: Sequence[str]) -> Any:
             "flags"
         )
     return parsed
+
+
+def _sentence(error: OSError) -> str:
+    """Returns what to say of an error of the system that no other code names, or raises it."""
+    if error.filename is not None:
+        # A name that is too long, a folder that may not be entered, a disk that is full.
+        return (
+            f"can't use {error.filename} ({error.strerror}): choose another path or make this one "
+            "usable"
+        )
+    try:
+        check_temporary_files()
+    except InputError as missing:  # Matplotlib wants one where there is no home.
+        return str(missing)
+    raise error
 
 
 def _show_warning(

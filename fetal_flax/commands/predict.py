@@ -37,6 +37,9 @@ class Predict:
     """Write logits/NAME.npy too: float32 at the network's size, before the sigmoid."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write measurements.json too: the rows of measurements.csv with all digits."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on with what a command that was ended has left in --output: what has a row and its files
+    is not measured again."""
     workers: int | None = None
     """Threads for each of reading, measuring and writing; by default one for each processor, at
     most 16."""
@@ -57,13 +60,15 @@ class Predict:
             save_json=self.json,
             tta=self.tta,
             workers=self.workers,
+            resume=self.resume,
         )
         for problem in report.failed:
             print(f"fetal-flax predict: {one_line(problem)}", file=sys.stderr)
         if report.predicted:
+            before = f" ({report.resumed} of them before)" if report.resumed else ""
             print(
-                f"{len(report.predicted)} images segmented; masks, overlays and measurements.csv "
-                f"are in {self.output}"
+                f"{len(report.predicted)} images segmented{before}; masks, overlays and "
+                f"measurements.csv are in {self.output}"
             )
         else:
             print(f"no image could be read: nothing was written to {self.output}")

@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
-from fetal_flax._util.cache_folder import cache_folder
+from fetal_flax._util.cache_folder import cache_folder, check_temporary_files
 from fetal_flax._util.locks import locked
 from fetal_flax._util.machine import (
     MISSING_GUARD,
@@ -144,6 +144,7 @@ def _prepare(make_builder: Callable[[], tfds.core.DatasetBuilder], folder: Path)
             f"the workers that make the phantoms ended early: {MISSING_GUARD}"
         ) from None
     except OSError as error:
+        check_temporary_files()  # TFDS makes some.
         raise InputError(
             f"can't write the prepared dataset to {folder} ({error}): choose another folder as "
             "--data.cache-dir"

@@ -4,6 +4,7 @@ Needs pydicom, the extra `dicom`. Which attributes say what: DICOM PS3.3, C.8.5.
 regions), C.7.6.3 (pixels), C.11.2 (windows).
 """
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,8 @@ class DicomFile:
             rows, columns = int(self._dataset.Rows), int(self._dataset.Columns)
             # A value of None stands for an attribute that is there and empty.
             self.frame_count = int(self._dataset.get("NumberOfFrames") or 1)
+            if self.frame_count < 1:
+                raise ValueError(f"it has {self.frame_count} frames")
         except Exception as error:
             why = _in_one_line(error)
             raise InputError(f"{path} is no DICOM image that can be read: {why}") from None
@@ -109,7 +112,8 @@ class DicomFile:
         """
         pixels = _pydicom().pixels
         try:
-            for frame in pixels.iter_pixels(self._dataset):
+            # More pixels than frames are padding, to this reader.
+            for frame in itertools.islice(pixels.iter_pixels(self._dataset), self.frame_count):
                 yield self._to_gray(pixels, frame)
         except Exception as error:
             why = _in_one_line(error)
@@ -133,6 +137,9 @@ class DicomFile:
             if not sizes and (spacing := self._dataset.get("PixelSpacing")):
                 height, width = map(float, spacing)
                 sizes = {(width, height)}
+            tall, wide = 1.0, 1.0
+            if not sizes and (aspect := self._dataset.get("PixelAspectRatio")):
+                tall, wide = map(float, aspect)
         except Exception:  # As many kinds as there are ways to write no number.
             raise InputError(
                 f"{self._path} has a pixel size that can't be read, since it is not two numbers of "
@@ -144,13 +151,19 @@ class DicomFile:
                     f"{self._path} has {side:g} mm as the size of its pixels, not a positive "
                     f"number below {MOST_MM}: {_GIVE_SIZE}"
                 )
-        if len(sizes) > 1:
+        if not _are_square(tall, wide):
+            raise InputError(
+                f"{self._path} has pixels that are {tall:g} high and {wide:g} wide: resample it to "
+                "square ones"
+            )
+        widest, tallest = max(sizes, default=(0.0, 0.0))
+        if not all(_are_square(w, widest) and _are_square(h, tallest) for w, h in sizes):
             raise InputError(
                 f"{self._path} has regions of different pixel sizes: crop it to one, or give the "
                 "size as --pixel-size-csv"
             )
         for width, height in sizes:
-            if abs(width - height) > _SQUARE * height:
+            if not _are_square(width, height):
                 raise InputError(
                     f"{self._path} has pixels of {width:.4g} × {height:.4g} mm: resample it to "
                     "square ones"
@@ -166,25 +179,42 @@ class DicomFile:
 
     def _to_gray(self, pixels: Any, frame: np.ndarray) -> UInt8[np.ndarray, "height width"]:
         dataset = self._dataset
+        if dataset.get("HighBit") not in (None, dataset.BitsStored - 1):
+            raise ValueError(f"its values end at bit {dataset.HighBit} of {dataset.BitsStored}")
         if dataset.PhotometricInterpretation == "PALETTE COLOR":
             frame = pixels.apply_color_lut(frame, dataset)
         if frame.ndim == 3:
             most = 2 ** significant_bits(frame) - 1
             return cv2.cvtColor(_to_bytes(frame, 0, most), cv2.COLOR_RGB2GRAY)
         bits = dataset.BitsStored
-        lowest = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
-        # A window or a table says what is shown, else the values themselves do.
-        if lowest == 0 and not (dataset.get("WindowCenter") or dataset.get("VOILUTSequence")):
-            bits = min(bits, significant_bits(frame))
+        # A table or a window says what is shown, else the values themselves do.
+        table = next(iter(dataset.get("VOILUTSequence") or ()), {})
+        has_table = None not in (table.get("LUTDescriptor"), table.get("LUTData"))
+        has_window = None not in (dataset.get("WindowCenter"), dataset.get("WindowWidth"))
+        is_signed = dataset.PixelRepresentation and (has_window or frame.min() < 0)
+        lowest = -(2 ** (bits - 1)) if is_signed else 0
+        if not (has_window or is_signed):
+            bits = min(bits - dataset.PixelRepresentation, significant_bits(frame))
         limits = np.array([lowest, lowest + 2**bits - 1])
         low, high = pixels.apply_modality_lut(limits, dataset)
+        if has_table:
+            low, high = 0, 2 ** table.LUTDescriptor[2] - 1
+        elif not has_window:  # Whose values go down where the slope does, too.
+            low, high = sorted((low, high))
         shown = pixels.apply_voi_lut(pixels.apply_modality_lut(frame, dataset), dataset)
         gray = _to_bytes(shown, low, high)
         return 255 - gray if dataset.PhotometricInterpretation == "MONOCHROME1" else gray
 
 
+def _are_square(one: float, other: float) -> bool:
+    """Whether two sides are the same but for rounding."""
+    return abs(one - other) <= _SQUARE * other
+
+
 def _to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Returns values from `low` to `high` as uint8 from 0 to 255."""
+    if not (high != low and np.isfinite(values).all()):
+        raise ValueError("its slope or window gives no numbers")
     shares = (values.astype(np.float64) - low) / (high - low)
     return np.round(255 * np.clip(shares, 0, 1)).astype(np.uint8)
 

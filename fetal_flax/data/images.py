@@ -4,7 +4,9 @@ An image is grey, uint8, "height width"; a mask is uint8 0/255. The device scale
 """
 
 import io
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -24,6 +26,9 @@ _DEPTHS = (8, 10, 12, 14)
 """Bits of devices whose values lie in 16 bits."""
 _ORIENTATION = 0x0112  # Of EXIF: how to turn the stored pixels for display.
 _UPRIGHT = 1
+# Of TIFF: what OpenCV heeds in files of up to 8 bits alone.
+_BITS, _PHOTOMETRIC, _PLANES = 258, 262, 284
+_WHITE_IS_ZERO, _SEPARATE = 0, 2
 # Text that a PNG with an orientation holds; its EXIF may stand behind the pixels.
 _PNG_MARKS = (b"eXIf", b"Raw profile type", b"Orientation")
 
@@ -46,11 +51,12 @@ def read_gray(path: Path | str) -> UInt8[np.ndarray, "height width"]:
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror or error}") from None
     try:
-        kind, orientation = _check_header(data)
-        if kind == "GIF":  # Whether OpenCV reads it depends on how it was built.
-            with PIL.Image.open(io.BytesIO(data), formats=[kind]) as image:
+        header = _check_header(data)
+        if header.kind == "GIF":  # Whether OpenCV reads it depends on how it was built.
+            with PIL.Image.open(io.BytesIO(data), formats=[header.kind]) as image:
                 return _luma(np.asarray(image.convert("RGB"))[..., ::-1])
-        return _upright(decode_gray(data), orientation)
+        stored = decode_gray(data)
+        return _upright(255 - stored if header.is_negative else stored, header.orientation)
     except InputError as error:
         raise InputError(f"{path} {error}") from None
     except (OSError, ValueError, SyntaxError):  # Pillow, of a GIF's pixels.
@@ -153,16 +159,24 @@ def network_mask(
     return (resize_mask(mask, size) > 0).astype(np.uint8)
 
 
-def _check_header(data: bytes) -> tuple[str, int]:
-    """Refuses files that would decode to something huge, and those that hold several images.
+class _Header(NamedTuple):
+    """What is to be known of a file before OpenCV decodes it."""
 
-    Returns:
-        The format, and the EXIF orientation that is still to be applied.
-    """
+    kind: str
+    """The format."""
+    orientation: int
+    """Of EXIF, where it is still to be applied."""
+    is_negative: bool
+    """Whether what will be decoded is white where it is to be black."""
+
+
+def _check_header(data: bytes) -> _Header:
+    """Refuses files that would decode to something huge or else, or that hold several images."""
     if not data:
         raise InputError(f"is empty: {_EXPECTED}")
     width, height, images, orientation = 0, 0, 1, _UPRIGHT
-    kind = ""
+    kind, is_negative, is_mixed_up = "", False, False
+    warnings.filterwarnings("ignore", "Corrupt EXIF")  # It turns nothing.
     try:
         # Reads the header and decodes nothing, but a PNG that may have an orientation.
         with PIL.Image.open(io.BytesIO(data), formats=_FORMATS) as header:
@@ -173,7 +187,11 @@ def _check_header(data: bytes) -> tuple[str, int]:
                 images = getattr(header, "n_frames", 1)
             # OpenCV turns a TIFF itself.
             if kind != "TIFF" and (kind != "PNG" or any(mark in data for mark in _PNG_MARKS)):
-                orientation = header.getexif().get(_ORIENTATION, _UPRIGHT)
+                orientation = _orientation(header)
+            tags = getattr(header, "tag_v2", {})  # A TIFF's alone.
+            if max(tags.get(_BITS, (1,))) > 8:
+                is_negative = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+                is_mixed_up = tags.get(_PLANES) == _SEPARATE
     except InputError:
         raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
@@ -182,7 +200,17 @@ def _check_header(data: bytes) -> tuple[str, int]:
         raise InputError(_NO_IMAGE) from None
     if images > 1:
         raise InputError(f"holds {images} images: save each as a file of its own")
-    return kind, orientation
+    if is_mixed_up:
+        raise InputError("holds each colour by itself, in more than 8 bits: save it as PNG")
+    return _Header(kind, orientation, is_negative)
+
+
+def _orientation(header: PIL.Image.Image) -> int:
+    """Returns EXIF's orientation; damaged EXIF turns nothing, as in a viewer."""
+    try:
+        return header.getexif().get(_ORIENTATION, _UPRIGHT)
+    except Exception:  # As many kinds as Pillow's parsers let through.
+        return _UPRIGHT
 
 
 def _upright(

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 from fetal_flax._util.files import csv_bytes, growing_csv
+from fetal_flax.checkpoints import load_checkpoint
 from fetal_flax.config import TestTimeAugmentation
 from fetal_flax.errors import file_name
 from fetal_flax.inference.predict import measured_sources
@@ -58,7 +59,8 @@ def submission(
     """
     outcome, count = Outcome(), 0
     failed = outcome.failed
-    measured = measured_sources(checkpoint, source, outcome, pixel_size_csv=pixel_size_csv, tta=tta)
+    network = load_checkpoint(checkpoint)
+    measured = measured_sources(network, source, outcome, pixel_size_csv=pixel_size_csv, tta=tta)
     with growing_csv(output, COLUMNS) as table:
         for image, measurement in measured:
             path, pixel_size = image.path, measurement.pixel_size_mm

@@ -52,6 +52,9 @@ MATRIX = {
     "a home that is not there": Row(NOBODY, {"HOME": "/nonexistent"}),
     "a home that may not be written": Row(NOBODY, {"HOME": "/"}),
     "a read-only root": Row((*IN_OWN_MOUNTS, READ_ONLY_ROOT), {"HOME": "/root"}),
+    "a read-only root without a home": Row(
+        (*IN_OWN_MOUNTS, READ_ONLY_ROOT, *NOBODY), {"HOME": None, "USER": None}
+    ),
     "small shared memory": Row((*IN_OWN_MOUNTS, SMALL_SHARED_MEMORY)),
     "no terminal, no streams": Row(after="<&- >&- 2>&-"),
     "the C locale": Row(settings={"LC_ALL": "C", "LANG": "C"}),
@@ -83,7 +86,7 @@ def run(row: Row, folder: Path, *arguments: str) -> subprocess.CompletedProcess[
         pytest.skip("other users and mounts need root")
     if row.before and shutil.which(row.before[0]) is None:
         pytest.skip(f"needs {row.before[0]}")
-    if row.before == NOBODY and not others_can_read_this():
+    if "setpriv" in row.before and not others_can_read_this():
         pytest.skip("Python or the checkout is in a folder that is closed to other users")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "FOLDER": str(folder)}
     del environment["JAX_COMPILATION_CACHE_DIR"]  # Commands look for a place of their own.
@@ -141,6 +144,39 @@ def test_a_training_without_a_home_keeps_its_data_among_the_temporary_files(fold
     assert ran.returncode == 0, ran.stderr.decode()
     assert (folder / "fetal_flax-54321" / "datasets").is_dir()
     assert (folder / "run" / "checkpoints").is_dir()
+
+
+@pytest.mark.slow
+def test_a_read_only_root_without_a_home_has_nothing_to_say(folder):
+    row = MATRIX["a read-only root without a home"]
+    row = dataclasses.replace(row, settings={**row.settings, "TMPDIR": str(folder)})
+    flags = (*TINY_TRAINING, "--data.workers", "0", "--workdir", str(folder / "run"))
+    ran = run(row, folder, "train", *flags)
+    assert ran.returncode == 0, ran.stderr.decode()
+    assert all(line.startswith(b"Preparing ") for line in ran.stderr.splitlines())
+    assert (folder / "run" / "curves.png").is_file()
+    flags = ("--checkpoint", str(folder / "run"), "--output", str(folder / "evaluation"))
+    ran = run(row, folder, "evaluate", *flags)
+    assert ran.returncode == 0, ran.stderr.decode()
+    assert all(line.startswith(b"Evaluating ") for line in ran.stderr.splitlines())
+    assert (folder / "evaluation" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", *TINY_TRAINING, "--workdir", "run"),
+        ("evaluate", "--checkpoint", "hc18-compact", "--data-dir", "hc18", "--output", "out"),
+    ],
+)
+def test_where_nothing_at_all_can_be_written_it_is_said(command, folder):
+    row = MATRIX["a read-only root without a home"]
+    row = dataclasses.replace(row, settings={**row.settings, "TMPDIR": None})
+    cache = ("--data.cache-dir", str(folder)) if command[0] == "train" else ()
+    ran = run(row, folder, *command, *cache)
+    assert ran.returncode == 2, ran.stderr.decode()
+    (said,) = ran.stderr.splitlines()
+    assert said.endswith(b": no folder for temporary files can be written: give one as TMPDIR")
 
 
 @pytest.mark.slow

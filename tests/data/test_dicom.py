@@ -111,6 +111,9 @@ def test_frames_come_one_by_one(tmp_path):
         ({"SequenceOfUltrasoundRegions": [region(0.5, 0.5, spatial=3, tissue=3), region()]}, 0.2),
         ({"SequenceOfUltrasoundRegions": [region(units=4)]}, None),
         ({"SequenceOfUltrasoundRegions": [region(0.0, 0.0)]}, None),
+        ({"SequenceOfUltrasoundRegions": [region(), region(0.02 + 1e-9)]}, 0.2),
+        ({"PixelAspectRatio": [3, 3]}, None),
+        ({"PixelAspectRatio": [2, 1], "PixelSpacing": [0.25, 0.25]}, 0.25),
     ],
 )
 def test_pixel_sizes_are_those_of_the_tissue_region(tmp_path, attributes, expected):
@@ -127,6 +130,8 @@ def test_pixel_sizes_are_those_of_the_tissue_region(tmp_path, attributes, expect
             {"SequenceOfUltrasoundRegions": [region(), region(0.03, 0.03)]},
             r"a\.dcm has regions of different pixel sizes.*--pixel-size-csv",
         ),
+        ({"PixelAspectRatio": [2, 1]}, r"a\.dcm has pixels that are 2 high and 1 wide: resample"),
+        ({"PixelAspectRatio": [2, 1, 1]}, r"a\.dcm has a pixel size that can't be read"),
     ],
 )
 def test_pixel_sizes_that_are_no_single_one_are_refused(tmp_path, attributes, message):
@@ -195,6 +200,87 @@ def test_values_of_fewer_bits_than_are_stored_are_scaled_by_what_is_held(tmp_pat
     # A window says what is shown, whatever is held.
     windowed = write(tmp_path / "c.dcm", deep, WindowCenter=128, WindowWidth=256)
     np.testing.assert_allclose(only_frame(windowed), gray, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "attributes"),
+    [
+        # Signed numbers that are never negative, in as many bits as there are.
+        (GRAY.astype(np.int16), {"PixelRepresentation": 1}),
+        (GRAY.astype(np.int16) * 16, {"PixelRepresentation": 1}),
+        (GRAY.astype(np.int16) * 128, {"PixelRepresentation": 1}),
+        (GRAY.astype(np.int16) * 8, {"PixelRepresentation": 1, "BitsStored": 12}),
+        # A slope that goes down, with a window and without.
+        (255 - GRAY, {"RescaleSlope": -1, "RescaleIntercept": 255}),
+        (4095 - GRAY.astype(np.uint16) * 16, {"RescaleSlope": -1, "RescaleIntercept": 4095}),
+        (
+            255 - GRAY,
+            {
+                **{"RescaleSlope": -1, "RescaleIntercept": 255},
+                **{"WindowCenter": 128, "WindowWidth": 256},
+            },
+        ),
+        # A window around zero is one, too.
+        (
+            GRAY.astype(np.int16) - 128,
+            {"PixelRepresentation": 1, "WindowCenter": 0, "WindowWidth": 256},
+        ),
+        (
+            GRAY.astype(np.uint16),
+            {
+                **{"RescaleSlope": 1, "RescaleIntercept": -128},
+                **{"WindowCenter": 0, "WindowWidth": 256},
+            },
+        ),
+        # One without a width is none.
+        (GRAY.astype(np.uint16) * 16, {"WindowCenter": 100}),
+    ],
+)
+def test_however_values_are_told_they_are_shown_alike(tmp_path, values, attributes):
+    shown = only_frame(write(tmp_path / "a.dcm", values, **attributes))
+    np.testing.assert_allclose(shown, GRAY, atol=1)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_a_table_is_shown_by_its_own_bits(tmp_path, bits):
+    table = Dataset()
+    table.add_new("LUTDescriptor", "US", [4096, 0, bits])
+    shown = np.arange(4096) * ((2**bits - 1) / 4095)
+    table.add_new("LUTData", "OW", shown.round().astype(np.uint16).tobytes())
+    deep = GRAY.astype(np.uint16) * 16
+    path = write(tmp_path / "a.dcm", deep, BitsStored=12, VOILUTSequence=[table])
+    np.testing.assert_allclose(only_frame(path), GRAY, atol=1)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR DS")  # It is written all the same.
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"RescaleSlope": 0, "RescaleIntercept": 0},
+        {"RescaleSlope": "nan", "RescaleIntercept": 0},
+        {"WindowCenter": "nan", "WindowWidth": 100},
+        {"WindowCenter": 100, "WindowWidth": "nan"},
+    ],
+)
+def test_a_slope_or_window_that_is_none_is_refused(tmp_path, attributes):
+    path = write(tmp_path / "a.dcm", **attributes)
+    with pytest.raises(InputError, match=r"a\.dcm has pixels that can't be decoded \(its slope or"):
+        list(DicomFile(path).frames())
+
+
+def test_values_in_the_upper_bits_are_refused(tmp_path):
+    path = write(tmp_path / "a.dcm", GRAY.astype(np.uint16) * 256, BitsStored=12)
+    dataset = pydicom.dcmread(path)
+    dataset.HighBit = 15
+    dataset.save_as(path)
+    with pytest.raises(InputError, match="its values end at bit 15 of 12"):
+        list(DicomFile(path).frames())
+
+
+def test_as_many_frames_come_as_are_told(tmp_path):
+    assert only_frame(write(tmp_path / "a.dcm", np.stack([GRAY] * 2))).shape == GRAY.shape
+    with pytest.raises(InputError, match="it has -1 frames"):
+        DicomFile(write(tmp_path / "b.dcm", frames=-1))
 
 
 def test_a_file_without_a_preamble_is_read(tmp_path):

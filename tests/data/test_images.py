@@ -1,4 +1,5 @@
 import io
+import struct
 from pathlib import Path
 
 import cv2
@@ -146,6 +147,59 @@ def test_values_of_fewer_bits_in_16_are_scaled_by_what_is_held(tmp_path: Path, b
     shifted = gray.astype(np.uint16) << (bits - 8)
     cv2.imwrite(str(path), shifted)
     np.testing.assert_allclose(images.read_gray(path), gray, atol=1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"x" * 30, b"II*\0\x08\0\0\0\xff\xff", b""])
+def test_damaged_exif_turns_nothing(tmp_path: Path, kind, exif, recwarn):
+    path = tmp_path / f"a.{kind.lower()}"
+    image = PIL.Image.fromarray(_gradient()).convert("RGB")
+    image.save(path, kind, exif=b"Exif\0\0" + exif, lossless=True, quality=100)
+    np.testing.assert_allclose(images.read_gray(path), _gradient(), atol=3)
+    assert not recwarn
+
+
+def _tiff(pixels: np.ndarray, **tags: int) -> bytes:
+    """An uncompressed little-endian TIFF of one strip for each plane: (planes, height, width)."""
+    planes, height, width = pixels.shape
+    size = height * width * pixels.itemsize
+    places = {"photometric": 262, "orientation": 274, "planes": 284}
+    entries = {256: [width], 257: [height], 258: [8 * pixels.itemsize] * planes, 259: [1]}
+    entries |= {262: [1], 273: [8 + i * size for i in range(planes)], 277: [planes]}
+    entries |= {278: [height], 279: [size] * planes}
+    entries |= {places[name]: [value] for name, value in tags.items()}
+    start = 8 + pixels.nbytes
+    extra_at, directory, extra = start + 2 + 12 * len(entries) + 4, b"", b""
+    for tag, values in sorted(entries.items()):
+        data = struct.pack(f"<{len(values)}I", *values)
+        if len(values) > 1:
+            data, extra = struct.pack("<I", extra_at + len(extra)), extra + data
+        directory += struct.pack("<HHI", tag, 4, len(values)) + data
+    head = b"II*\0" + struct.pack("<I", start) + pixels.tobytes()
+    return head + struct.pack("<H", len(entries)) + directory + bytes(4) + extra
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_a_tiff_whose_zero_is_white_is_turned(tmp_path: Path, bits, orientation):
+    gray = _gradient()
+    gray[0, 0], gray[0, 1] = 0, 255
+    kind = np.uint8 if bits == 8 else np.uint16
+    stored = np.round((255 - gray.astype(float)) * ((2**bits - 1) / 255)).astype(kind)
+    path = tmp_path / "a.tif"
+    path.write_bytes(_tiff(stored[None], photometric=0, orientation=orientation))
+    shown = np.rot90(gray, -1) if orientation == 6 else gray
+    np.testing.assert_allclose(images.read_gray(path), shown, atol=1)
+
+
+def test_colours_in_planes_are_read_or_refused(tmp_path: Path):
+    path = tmp_path / "a.tif"
+    path.write_bytes(_tiff(np.stack([_gradient()] * 3), photometric=2, planes=2))
+    np.testing.assert_allclose(images.read_gray(path), _gradient(), atol=1)
+    deep = np.stack([_gradient().astype(np.uint16) * 257] * 3)
+    path.write_bytes(_tiff(deep, photometric=2, planes=2))
+    with pytest.raises(InputError, match=r"a\.tif holds each colour by itself.*: save it as PNG"):
+        images.read_gray(path)
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "GIF"])

@@ -74,7 +74,8 @@ def test_an_image_gets_mask_overlay_and_logits(checkpoint, tmp_path):
     output = tmp_path / "out"
     report = predict(checkpoint, source, output, save_logits=True)
     assert (report.predicted, report.failed) == (("a",), ())
-    assert files(output) == ["logits/a.npy", "masks/a.png", "measurements.csv", "overlays/a.png"]
+    tables = ["measurements.csv", "overlays/a.png", "settings.json"]
+    assert files(output) == ["logits/a.npy", "masks/a.png", *tables]
 
     image = read_gray(source)
     logits = np.load(output / "logits" / "a.npy")
@@ -98,7 +99,7 @@ def test_an_image_gets_mask_overlay_and_logits(checkpoint, tmp_path):
 
 def test_logits_are_left_out_unless_asked_for(checkpoint, tmp_path):
     predict(checkpoint, write_images(tmp_path / "in", "a.png"), tmp_path / "out")
-    assert files(tmp_path / "out") == ["masks/a.png", "measurements.csv", "overlays/a.png"]
+    assert not (tmp_path / "out" / "logits").exists()
 
 
 HEAD = Ellipse(center_x=28.0, center_y=20.0, semi_major=20.4, semi_minor=14.4, angle=0.3)
@@ -406,7 +407,7 @@ def test_devices_that_share_a_folder_write_what_one_writes(
         monkeypatch.setattr(jax, "local_devices", lambda count=count: jax.devices()[:count])
         predict(checkpoint, source, tmp_path / output, pixel_size_mm=0.5, save_logits=True)
     alone, together = tmp_path / "alone", tmp_path / "together"
-    assert files(alone) == files(together) and len(files(alone)) == 3 * 11 + 1
+    assert files(alone) == files(together) and len(files(alone)) == 3 * 11 + 2
     for name in files(alone):
         assert (alone / name).read_bytes() == (together / name).read_bytes(), name
 
@@ -644,3 +645,112 @@ predict(Path({str(checkpoint)!r}), Path({str(source)!r}), Path({str(output)!r}),
         "1",
         "2",
     ]
+    report = predict(checkpoint, source, output, save_json=True, resume=True)
+    assert report.resumed == 3
+    predict(checkpoint, source, tmp_path / "undisturbed", save_json=True)
+    assert_same_files(output, tmp_path / "undisturbed")
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    assert files(one) == files(other)
+    for name in files(one):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def lose_the_last_objects(output: Path) -> int:
+    path = output / "measurements.json"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:40])
+    return 2
+
+
+def lose_half_a_row(output: Path) -> int:
+    os.truncate(output / "measurements.csv", (output / "measurements.csv").stat().st_size - 9)
+    return 3
+
+
+def lose_a_mask(output: Path) -> int:
+    (output / "masks" / "b.png").unlink()
+    return 1
+
+
+def lose_nothing(output: Path) -> int:
+    return 4
+
+
+def lose_the_table(output: Path) -> int:
+    (output / "measurements.csv").unlink()
+    return 0
+
+
+@pytest.mark.parametrize(
+    "lose", [lose_nothing, lose_half_a_row, lose_the_last_objects, lose_a_mask, lose_the_table]
+)
+def test_what_is_done_is_skipped_and_the_rest_is_measured(checkpoint, tmp_path, lose):
+    source = write_images(tmp_path / "in", *(f"{name}.png" for name in "abcdef"))
+    (source / "bad.png").write_bytes(b"no image")
+    (source / "a.png").rename(source / 'a, "ä".png')
+    wanted = {"pixel_size_mm": 0.5, "save_json": True, "save_logits": True}
+    whole = predict(checkpoint, source, tmp_path / "undisturbed", **wanted)
+    # As a call leaves it that ended behind the fourth image.
+    output = shutil.copytree(tmp_path / "undisturbed", tmp_path / "out")
+    for name, end in (("measurements.csv", b""), ("measurements.json", b"\n]\n")):
+        lines = (output / name).read_bytes().splitlines(keepends=True)
+        (output / name).write_bytes(b"".join(lines[:5]).removesuffix(b",\n") + end)
+    for name in "ef":
+        (output / "masks" / f"{name}.png").unlink()
+    kept = lose(output)
+    times = {name: (output / name).stat().st_mtime_ns for name in files(output)}
+    report = predict(checkpoint, source, output, resume=True, **wanted)
+    assert report == dataclasses.replace(whole, resumed=kept)
+    assert_same_files(output, tmp_path / "undisturbed")
+    written = [
+        n
+        for n in files(output / "masks")
+        if times.get(f"masks/{n}") != (output / "masks" / n).stat().st_mtime_ns
+    ]
+    assert len(written) == 6 - kept
+
+
+def test_a_finished_folder_takes_what_is_new(checkpoint, sees_a_head, tmp_path, capsys):
+    source, output = write_images(tmp_path / "in", "b.png", "c.png"), tmp_path / "out"
+    cv2.imwrite(str(source / "c.png"), np.zeros((40, 56), np.uint8))
+    flags = ("--checkpoint", checkpoint, "--input", source, "--output", output, "--resume")
+    assert run(*flags) == 0
+    write_images(source, "a.png")
+    assert run(*flags) == 0
+    said = capsys.readouterr().out
+    assert "3 images segmented (2 of them before)" in said
+    assert said.count("look at 1 of them (column flags): c") == 2
+    assert list(measurements(output)) == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (("--tta", "flip"), "was begun with another tta: give the same"),
+        (("--json", "--save-logits"), "was begun with another save_logits, json"),
+        (("--checkpoint", shipped.default()), "was begun with another network, network_sha256"),
+        (("--pixel-size", "0.25"), "a.png has pixels of 0.250000 now, and was measured with 0.5"),
+        ((), "a.png has pixels of unknown size now, and was measured with 0.500000"),
+    ],
+)
+def test_rows_that_were_measured_otherwise_are_not_gone_on_with(
+    checkpoint, tmp_path, capsys, other, said
+):
+    source, output = write_images(tmp_path / "in", "a.png"), tmp_path / "out"
+    flags = ("--checkpoint", checkpoint, "--input", source, "--output", output)
+    assert run(*flags, "--pixel-size", "0.5") == 0
+    before = (output / "measurements.csv").read_bytes()
+    size = () if "pixels" in said else ("--pixel-size", "0.5")
+    assert run(*flags, *size, *other, "--resume") == 2
+    printed = capsys.readouterr().err
+    assert said in printed and "leave --resume out to measure all anew" in printed
+    assert (output / "measurements.csv").read_bytes() == before
+    for content in (None, b"", b"[]", b"{}"):
+        (output / "settings.json").unlink()
+        if content is not None:
+            (output / "settings.json").write_bytes(content)
+        assert run(*flags, "--pixel-size", "0.5", "--resume") == 2
+        assert "settings.json doesn't tell what measurements.csv was" in capsys.readouterr().err
+        (output / "settings.json").touch()
