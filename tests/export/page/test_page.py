@@ -7,6 +7,7 @@ import csv
 import json
 import re
 import time
+import unicodedata
 from pathlib import Path
 
 import cv2
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 
 from fetal_flax.checkpoints import load_checkpoint
+from fetal_flax.data.hc18 import read_pixel_sizes
 from fetal_flax.data.images import decode_gray, resize_image
 from fetal_flax.data.phantoms import make_phantom
+from fetal_flax.errors import InputError
 from fetal_flax.export import ExportSettings, onnx_model
 from fetal_flax.export.web import write_page
 from fetal_flax.inference.assessment import assess, native_mask
@@ -93,11 +96,11 @@ CIRCLE = (np.cos(TURN), np.sin(TURN))
 
 def test_images_are_resized_to_the_same_grey_levels(call_in_node):
     rng = np.random.default_rng(0)
-    sizes = ((540, 800), (571, 799), (256, 256), (100, 90), (37, 301), (128, 128), (64, 900))
+    sizes = ((540, 800), (571, 799), (256, 384), (100, 90), (37, 301), (128, 192), (64, 900))
     images = [rng.integers(0, 256, size, np.uint8) for size in sizes]
-    calls = [("resizeImage", image, 128, 128) for image in images]
+    calls = [("resizeImage", image, 128, 192) for image in images]
     for image, resized in zip(images, call_in_node("measurement.js", calls), strict=True):
-        np.testing.assert_array_equal(resized, resize_image(image, (128, 128)))
+        np.testing.assert_array_equal(resized, resize_image(image, (128, 192)))
 
 
 def test_colour_becomes_the_same_grey(call_in_node):
@@ -110,8 +113,8 @@ def test_colour_becomes_the_same_grey(call_in_node):
 
 def test_logits_give_the_same_mask(call_in_node):
     rng = np.random.default_rng(0)
-    shapes = ((540, 800), (100, 90), (256, 256), (128, 128))
-    logits = [rng.normal(size=(128, 128)).astype(np.float32) for _ in shapes]
+    shapes = ((540, 800), (100, 90), (256, 384), (128, 192))
+    logits = [rng.normal(size=(128, 192)).astype(np.float32) for _ in shapes]
     calls = [("nativeMask", map_, *shape) for map_, shape in zip(logits, shapes, strict=True)]
     results = call_in_node("measurement.js", calls)
     for map_, shape, mask in zip(logits, shapes, results, strict=True):
@@ -203,10 +206,43 @@ def test_the_outline_runs_around_the_mask(call_in_node):
         np.testing.assert_array_equal(np.cumsum(crossings, axis=1)[:, :-1] % 2, mask)
 
 
-def test_pixel_sizes_are_read_from_a_csv(call_in_node):
-    text = '\ufefffilename,pixel size(mm),head circumference (mm)\r\na.png,0.07,1\r\n"b",1e-1,2\r\n'
-    [sizes] = call_in_node("csv.js", [("readPixelSizes", text)])
-    assert sizes == {"a.png": 0.07, "b": 0.1}
+HEADER, TWO = "filename,pixel size(mm)\n", "a.png,0.1\nb ü.png,0.25\n"
+PLAIN = HEADER + TWO
+CSVS = (
+    PLAIN,
+    PLAIN.replace(",", ";").replace("0.", "0,"),
+    PLAIN.replace(",", "\t"),
+    "sep=!\n" + PLAIN.replace(",", "!"),
+    "# made by hand\n#,;\n\n,,\n" + HEADER + "\n,,\n" + TWO + ";;\n\0\0",
+    'id,"File Name",pixel_size_mm,\r\n0,"a.png",0.1 mm,\r\n1,"b ü.png","0,25MM",x\r\n',
+    HEADER + " test_set/A.PNG , 1E-1\rC:\\scans\\b ü.png,\t+2.5e-01\r",
+    unicodedata.normalize("NFD", PLAIN),
+    PLAIN + "a.png,0.1\nother.png,NA\nz.png,0.1\nz.png,0.2\nshort\n",
+)
+NO_SIZES = ("0", "-0.1", "1000", "NaN", "inf", "1,000", "0x1", "", "0.1 px", "0.1\na.png,0.2")
+
+
+def test_pixel_sizes_are_read_from_the_same_csvs_as_in_python(call_in_node, tmp_path):
+    written = [text.encode() for text in CSVS]
+    written += [PLAIN.encode(encoding) for encoding in ("utf-8-sig", "utf-16", "cp1252")]
+    texts = call_in_node("csv.js", [("decodeText", [*data]) for data in written])
+    texts += [f"{HEADER}a.png,{size}\n" for size in NO_SIZES]
+    found = call_in_node("csv.js", [("readPixelSizes", text, "sizes.csv") for text in texts])
+    names = ("a.png", "b ü.png")
+    calls = [("findRow", {"entries": [*rows.items()]}, name) for rows in found for name in names]
+    rows = iter(call_in_node("csv.js", calls))
+    for data in written:
+        (tmp_path / "sizes.csv").write_bytes(data)
+        sizes = read_pixel_sizes(tmp_path / "sizes.csv", names)
+        assert (
+            sizes == {name: next(rows)["size"] for name in names} == {names[0]: 0.1, names[1]: 0.25}
+        )
+    for size in NO_SIZES:
+        (tmp_path / "sizes.csv").write_text(f"{HEADER}a.png,{size}\n")
+        with pytest.raises(InputError):
+            read_pixel_sizes(tmp_path / "sizes.csv", names)
+        assert "sizes.csv" in next(rows)["problem"]
+        assert next(rows) is None
 
 
 @pytest.fixture(scope="module")
