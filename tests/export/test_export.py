@@ -154,7 +154,7 @@ def test_the_shipped_networks_agree_on_scans(name, shared_dir, tmp_path):
         ),
         (
             ["--format", "web"],
-            "network.onnx would be web, but .onnx is what files of --format onnx",
+            "network.onnx would be web, but .onnx is what files of",
         ),
         (["--output", "measure.HTML"], "measure.HTML would be onnx, but .html is"),
         (["--output", "network.tflite"], "LiteRT, which isn't written here"),

@@ -87,7 +87,9 @@ function take(files) {
   // As they lie beside images in a folder.
   const isOther = ({ name }) => name.startsWith(".") || name.endsWith("_Annotation.png");
   const others = chosen.filter(isOther);
-  if (others.length) problem(`Left out: ${count(others.length, "hidden file or HC18 outline")}.`);
+  if (others.length) {
+    problem(`Left out as hidden or an outline of HC18: ${count(others.length, "file")}.`);
+  }
   const rest = chosen.filter((file) => !isOther(file));
   waiting = waiting.then(async () => {
     for (const file of rest.filter(isCsv)) await takePixelSizes(file);

@@ -12,17 +12,20 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 
+import fetal_flax as ff
 from fetal_flax.checkpoints import load_checkpoint
 from fetal_flax.data.hc18 import read_pixel_sizes
-from fetal_flax.data.images import decode_gray, resize_image
+from fetal_flax.data.images import decode_gray, read_gray, resize_image
 from fetal_flax.data.phantoms import make_phantom
 from fetal_flax.errors import InputError
 from fetal_flax.export import ExportSettings, onnx_model
 from fetal_flax.export.web import write_page
 from fetal_flax.inference.assessment import assess, native_mask
 from fetal_flax.inference.predict import predict
+from fetal_flax.inference.sources import check_image
 from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.measurement.gestational_age import gestational_age
 from fetal_flax.measurement.head import OUTLINE_PX, measure_head
@@ -228,15 +231,14 @@ def test_pixel_sizes_are_read_from_the_same_csvs_as_in_python(call_in_node, tmp_
     texts = call_in_node("csv.js", [("decodeText", [*data]) for data in written])
     texts += [f"{HEADER}a.png,{size}\n" for size in NO_SIZES]
     found = call_in_node("csv.js", [("readPixelSizes", text, "sizes.csv") for text in texts])
-    names = ("a.png", "b ü.png")
-    calls = [("findRow", {"entries": [*rows.items()]}, name) for rows in found for name in names]
+    expected = {"a.png": 0.1, "b ü.png": 0.25}
+    names = [*expected]
+    calls = [("findRow", {"asMap": [*rows.items()]}, name) for rows in found for name in names]
     rows = iter(call_in_node("csv.js", calls))
     for data in written:
         (tmp_path / "sizes.csv").write_bytes(data)
-        sizes = read_pixel_sizes(tmp_path / "sizes.csv", names)
-        assert (
-            sizes == {name: next(rows)["size"] for name in names} == {names[0]: 0.1, names[1]: 0.25}
-        )
+        assert read_pixel_sizes(tmp_path / "sizes.csv", names) == expected
+        assert {name: next(rows)["size"] for name in names} == expected
     for size in NO_SIZES:
         (tmp_path / "sizes.csv").write_text(f"{HEADER}a.png,{size}\n")
         with pytest.raises(InputError):
@@ -389,3 +391,81 @@ def test_the_page_at_the_width_of_a_phone_and_a_desk(page, open_page, shared_dir
             assert apart, boxes
     browser.picture(tmp_path / f"page_{width}.png")
     assert browser.complaints == []
+
+
+def odd_files(scan: np.ndarray, folder: Path) -> dict[str, list[Path]]:
+    """Writes files that measure as the scan does, and others, by what becomes of them."""
+    opaque, transparent = (np.dstack([scan, scan, scan, scan | 255]) for _ in range(2))
+    transparent[0, 0, 3] = 0
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6  # A quarter turn to the right shows it upright.
+    PIL.Image.fromarray(np.rot90(scan)).save(folder / "turned.png", exif=turned)
+    good = {"opaque.png": opaque, "wide.png": scan.astype(np.uint16) * 257}
+    refused = {
+        "one.png": scan[:1, :1],
+        "huge.png": np.zeros((6000, 8000), np.uint8),
+        "transparent.png": transparent,
+        "low.png": scan.astype(np.uint16) * 16,
+    }
+    left_out = {"._hidden.png": scan, "scan_Annotation.png": scan}
+    for name, pixels in (good | refused | left_out).items():
+        cv2.imwrite(str(folder / name), pixels)
+    (folder / "cut.png").write_bytes((folder / "wide.png").read_bytes()[:20_000])
+    (folder / "empty.png").touch()
+    return {
+        "good": [folder / "turned.png", *(folder / name for name in good)],
+        "refused": [folder / name for name in (*refused, "cut.png", "empty.png")],
+        "left out": [folder / name for name in left_out],
+    }
+
+
+@pytest.mark.slow
+def test_the_page_refuses_what_it_would_measure_otherwise_than_python(
+    page, open_page, shared_dir, tmp_path
+):
+    scan = read_gray(shared_dir / "hc18/training_set/603_HC.png")
+    files = odd_files(scan, tmp_path)
+    sizes, bad = tmp_path / "sizes.csv", tmp_path / "bad.csv"
+    sizes.write_text("filename;pixel size(mm)\nturned.png;0,2\nopaque.png;0\nwide.png;0.25 mm\n")
+    bad.write_text("name,size\nturned.png,0.2\n")
+    browser = open_page(page)
+    browser.choose(sizes, bad, *files["refused"], *files["good"], *files["left out"])
+    browser.wait(MEASURED)
+    rows = "[...document.querySelectorAll('#rows tr')].map(row => [row.cells[0].textContent, "
+    found = browser.evaluate(f"{rows} row.cells[1].textContent, row.cells[5].textContent])")
+    head = ff.Segmenter(load_checkpoint(NETWORK)).measure(scan).head
+    assert head is not None
+    expected = [
+        [name, f"{head.ellipse.circumference * (size or 1):.{1 if size else 0}f}", size]
+        for name, size in (("turned.png", 0.2), ("opaque.png", None), ("wide.png", 0.25))
+    ]
+    assert [[name, hc.removesuffix(" px")] for name, hc, _ in found] == [e[:2] for e in expected]
+    assert [size for _, _, size in found] == ["0.2000", "–", "0.2500"]
+
+    # Each is refused in a sentence, and so it is by Python, but what browsers alone lose.
+    problems = browser.evaluate(
+        "[...document.querySelectorAll('#problems li')].map(item => item.textContent)"
+    )
+    unreadable = "is no image that this browser can read: give PNG or JPEG."
+    assert problems == [
+        "Left out as hidden or an outline of HC18: 2 files.",
+        "bad.csv has no column filename and pixel size(mm): its first row is name, size.",
+        "one.png has 1×1 pixels, too few to show a head: give the whole image.",
+        "huge.png has more than 33,554,432 pixels: crop or shrink it.",
+        "transparent.png has transparent pixels, whose grey a browser loses: save it without them.",
+        "low.png holds fewer bits in 16, which a browser shows black: save it with 8 bits.",
+        f"cut.png {unreadable}",
+        f"empty.png {unreadable}",
+        "opaque.png has 0 as its pixel size in sizes.csv: give a number of mm.",
+    ]
+    for path in files["refused"]:
+        if path.stem not in ("transparent", "low"):
+            with pytest.raises(InputError):
+                check_image(read_gray(path))
+
+    # A file that has left the disk leaves its numbers, and no other image beside them.
+    files["good"][1].unlink()
+    browser.evaluate("document.getElementById('next').click()")
+    browser.wait("document.getElementById('problems').textContent.includes('any more')")
+    hc = browser.evaluate("document.getElementById('hc').textContent")
+    assert hc == f"{head.ellipse.circumference:.0f} px"
