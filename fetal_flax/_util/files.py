@@ -30,9 +30,12 @@ def replacing(path: str | Path) -> Generator[Path, None, None]:
     """Gives a path to write to, and moves the file to `path` at the end, unless an error ends it.
 
     Raises:
-        InputError: The file can't be written; whatever was at `path` is still there.
+        InputError: The file can't be written, or `path` is no regular file; whatever was there
+            still is.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"can't write {path}, which is a folder or device: name a file")
     # In the same folder, since a move between file systems is a copy; the process id keeps two runs
     # apart, and a digest is shorter than any name that the system takes.
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]

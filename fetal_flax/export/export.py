@@ -15,7 +15,7 @@ from fetal_flax.export.images import images_of, phantoms
 from fetal_flax.export.onnx_network import onnx_model
 from fetal_flax.export.quantization import quantize
 from fetal_flax.export.runtimes import onnx_runtime, stablehlo_runtime, to_onnx_input
-from fetal_flax.export.settings import ExportSettings, Format, InputDtype
+from fetal_flax.export.settings import ExportSettings, Format, InputDtype, check_ending
 from fetal_flax.export.stablehlo import stablehlo
 from fetal_flax.export.web import browser_runtime, network_in_page, write_page
 from fetal_flax.models.registry import NETWORKS
@@ -65,8 +65,9 @@ def to_file(
         The file's size, and what was compared.
 
     Raises:
-        InputError: There is no network, a package isn't there, the settings don't go together,
-            there are no images, the file can't be written, or it is beyond a limit.
+        InputError: There is no network, a package isn't there, the settings don't go together, the
+            file's ending is another format's, there are no images, the file can't be written, or it
+            is beyond a limit.
 
     Example:
         >>> report = ff.export.to_file("runs/hc18", "network.onnx", images=2)
@@ -76,12 +77,15 @@ def to_file(
     """
     settings = settings or ExportSettings()
     settings.check(format)
+    check_ending(Path(output), format)
     if images < 1:
         raise InputError(f"--images must be at least 1, not {images}")
     checkpoint = in_float32(
         checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
     )
-    compared_on = images_of(Path(data_dir), images) if data_dir else phantoms(images)
+    compared_on = (
+        images_of(Path(data_dir), images, flag="--data-dir") if data_dir else phantoms(images)
+    )
     way = _WAYS[format]
     with replacing(output) as path:
         way.write(checkpoint, settings, path)
@@ -113,7 +117,7 @@ def _write_onnx(checkpoint: Checkpoint, settings: ExportSettings, path: Path) ->
         path.write_bytes(model.SerializeToString())
         return
     prepare = to_onnx_input(checkpoint.config.in_channels, settings.input_dtype)
-    images = images_of(settings.calibration, CALIBRATION_IMAGES)
+    images = images_of(settings.calibration, CALIBRATION_IMAGES, flag="--calibration")
     resized = (resize_image(image, checkpoint.image_size) for image in images)
     quantize(model, [prepare(image[None]) for image in resized], path)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fetal_flax.data.hc18 import IMAGES
 from fetal_flax.data.phantoms import make_phantom
-from fetal_flax.inference.sources import Image, find_files, read_image
+from fetal_flax.inference.sources import Image, check_image, find_files, read_image
 
 
 def phantoms(count: int) -> list[Image]:
@@ -13,18 +13,21 @@ def phantoms(count: int) -> list[Image]:
     return [make_phantom(0, index).image for index in range(count)]
 
 
-def images_of(folder: Path, count: int) -> list[Image]:
+def images_of(folder: Path, count: int, *, flag: str) -> list[Image]:
     """Returns so many images of a folder, evenly spaced by name, or all where there are fewer.
 
     Args:
-        folder: Holds images, or HC18's `training_set/`.
+        folder: Holds images, or HC18's `training_set/`. Of a file with several frames the first
+            is taken.
         count: At most.
+        flag: Names the folder in errors.
 
     Raises:
-        InputError: There is no such folder or no image in it, or one can't be read.
+        InputError: There is no such folder or no image in it, or one can't be read or is too small.
     """
-    paths = find_files(folder / IMAGES if (folder / IMAGES).is_dir() else folder)
-    return [read_image(path)[0] for path in _spread(paths, count)]
+    paths = find_files(folder / IMAGES if (folder / IMAGES).is_dir() else folder, flag=flag)
+    chosen = _spread(paths, count)
+    return [check_image(read_image(path, frame=0)[0], str(path)) for path in chosen]
 
 
 def _spread(paths: Sequence[Path], count: int) -> list[Path]:

@@ -8,6 +8,32 @@ from fetal_flax.errors import InputError
 
 Format = Literal["onnx", "stablehlo", "web"]
 InputDtype = Literal["float32", "uint8"]
+ENDINGS: dict[str, Format] = {
+    ".onnx": "onnx",
+    ".stablehlo": "stablehlo",
+    ".html": "web",
+    ".htm": "web",
+}
+"""What files are usually called, in lower case."""
+
+
+def check_ending(output: Path, format: Format) -> None:
+    """Refuses to write one format under the ending of another.
+
+    Raises:
+        InputError: The ending is another format's, or that of LiteRT, which there is no format for.
+    """
+    ending = output.suffix.lower()
+    if ending == ".tflite":
+        raise InputError(
+            f"{output} would be LiteRT, which isn't written here: docs/deploy.md says how to make "
+            "it of an ONNX file"
+        )
+    if ENDINGS.get(ending, format) != format:
+        raise InputError(
+            f"{output} would be {format}, but {ending} is what files of --format "
+            f"{ENDINGS[ending]} are called: give that format, or another ending"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -125,7 +125,9 @@ def check_pixel_size(size_mm: float, name: str = "a pixel size of") -> float:
     return size_mm
 
 
-def find_files(source: Path, skipped: Counter[str] | None = None) -> list[Path]:
+def find_files(
+    source: Path, skipped: Counter[str] | None = None, *, flag: str = "--input"
+) -> list[Path]:
     """Returns the files to read: `source` itself, or what lies directly in the folder.
 
     Broken files are among them, and whatever else is named like an image, so that they can be
@@ -134,6 +136,7 @@ def find_files(source: Path, skipped: Counter[str] | None = None) -> list[Path]:
     Args:
         source: A file or a folder.
         skipped: Counts what is left out, in plain words.
+        flag: Names `source` in errors.
 
     Raises:
         InputError: `source` isn't there, isn't an image's file or holds none.
@@ -141,9 +144,9 @@ def find_files(source: Path, skipped: Counter[str] | None = None) -> list[Path]:
     skipped = Counter() if skipped is None else skipped
     if not source.is_dir():
         if not source.exists():
-            raise InputError(f"--input {source} doesn't exist: give an image or a folder of images")
+            raise InputError(f"{flag} {source} doesn't exist: give an image or a folder of images")
         if not _looks_like_image(source):
-            raise InputError(f"--input {source} is no image: expected DICOM or {_endings()}")
+            raise InputError(f"{flag} {source} is no image: expected DICOM or {_endings()}")
         return [source]
     paths = []
     for path in sorted(source.iterdir()):

@@ -1,5 +1,7 @@
-"""Networks and images that the tests of exported files share."""
+"""Networks, images and programs that the tests of exported files share."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,40 @@ import pytest
 
 from fetal_flax.checkpoints import Checkpoint, Description
 from fetal_flax.config import ModelConfig
+from fetal_flax.errors import InputError
+from fetal_flax.export import web
 from fetal_flax.models import functional
+
+
+def missing(reason: str) -> None:
+    """Skips the test; CI has to have everything."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def program() -> Callable[..., str]:
+    """Returns the path of the first of the programs that is installed."""
+
+    def find(*names: str) -> str:
+        found = next(filter(None, map(shutil.which, names)), None)
+        if found is None:
+            missing(f"no {' or '.join(names)} on PATH: install one to test what runs there")
+        return str(found)
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def onnxruntime_web() -> web.BrowserRuntime:
+    """The npm package that FETAL_FLAX_ONNXRUNTIME_WEB names, or what npm fetches."""
+    given = os.environ.get("FETAL_FLAX_ONNXRUNTIME_WEB")
+    try:
+        return web.browser_runtime(Path(given) if given else None)
+    except InputError as error:
+        missing(str(error))
+        raise
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import cv2
 import jax.numpy as jnp
 import numpy as np
 import onnx
@@ -146,8 +147,20 @@ def test_the_shipped_networks_agree_on_scans(name, shared_dir, tmp_path):
             "starts from float32: leave --precision out",
         ),
         (["--images", "0"], "--images must be at least 1"),
-        (["--data-dir", "nowhere"], "nowhere doesn't exist"),
-        (["--quantize", "int8", "--calibration", "nowhere"], "nowhere doesn't exist"),
+        (["--data-dir", "nowhere"], "--data-dir nowhere doesn't exist"),
+        (
+            ["--quantize", "int8", "--calibration", "nowhere"],
+            "--calibration nowhere doesn't exist",
+        ),
+        (
+            ["--format", "web"],
+            "network.onnx would be web, but .onnx is what files of",
+        ),
+        (["--output", "measure.HTML"], "measure.HTML would be onnx, but .html is"),
+        (["--output", "network.tflite"], "LiteRT, which isn't written here"),
+        (["--output", "run"], "can't write run, which is a folder or device: name a file"),
+        (["--output", "."], "can't write ., which is a folder"),
+        (["--output", "/dev/null"], "can't write /dev/null, which is a folder or device"),
     ],
 )
 def test_bad_flags_are_one_sentence(
@@ -163,9 +176,12 @@ def test_bad_flags_are_one_sentence(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_broken_image_is_named(threshold_network, tmp_path):
+def test_an_image_that_is_none_or_too_small_is_named(threshold_network, tmp_path):
     (tmp_path / "0.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"0\.png is not an image"):
+        to_file(threshold_network, tmp_path / "network.onnx", data_dir=tmp_path)
+    cv2.imwrite(str(tmp_path / "0.png"), np.zeros((1, 40), np.uint8))
+    with pytest.raises(InputError, match=r"0\.png has 40×1 pixels, too few"):
         to_file(threshold_network, tmp_path / "network.onnx", data_dir=tmp_path)
 
 

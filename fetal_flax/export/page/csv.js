@@ -24,6 +24,12 @@ const MEASUREMENTS = [
   "flags",
 ];
 
+const COLUMNS = ["filename", "pixel size(mm)"];
+const SEPARATORS = [",", ";", "\t", "|"];
+const BLANKS = /^[ \t\0\uFEFF\xA0]+|[ \t\0\uFEFF\xA0]+$/g;
+// A decimal comma is none of thousands: no pixel is that large.
+const NUMBER = /^([-+]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:e[-+]?\d+)?) ?(?:mm)?$/i;
+
 /** Returns the measurements of images as CSV, numbers with all their digits. */
 export function measurementsCsv(images) {
   const lines = images.map((image) => {
@@ -62,29 +68,120 @@ function cell(value) {
   return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 
+/** Returns a CSV's text: UTF-16 with its mark, UTF-8, or else Windows-1252. */
+export function decodeText(bytes) {
+  const data = Uint8Array.from(bytes);
+  const begins = (...start) => start.every((byte, i) => data[i] === byte);
+  if (begins(0x50, 0x4b, 3, 4)) throw new Error("is an Excel workbook: save it as CSV");
+  if (begins(0xff, 0xfe)) return new TextDecoder("utf-16le").decode(data);
+  if (begins(0xfe, 0xff)) return new TextDecoder("utf-16be").decode(data);
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(data);
+  } catch {
+    return new TextDecoder("windows-1252").decode(data);
+  }
+}
+
 /**
- * Returns pixel sizes in mm by file name, from a CSV with the columns `filename` and
- * `pixel size(mm)`.
+ * Returns what a CSV says of each file, by name: {size} in mm, or {problem}, a sentence.
  *
- * Throws an Error that says what is wrong with it.
+ * It reads what fetal_flax/data/hc18/measurements.py reads, whose rules these are. Throws an Error
+ * that says which column isn't there.
  */
-export function readPixelSizes(text) {
-  const [header, ...lines] = text
-    .replace(/^\uFEFF/, "")
-    .split(/\r?\n/)
-    .filter((line) => line.trim())
-    .map((line) => line.split(",").map((value) => value.trim().replace(/^"(.*)"$/, "$1")));
-  const [name, size] = ["filename", "pixel size(mm)"].map((title) => header?.indexOf(title) ?? -1);
-  if (name < 0 || size < 0) {
-    throw new Error("has no columns filename and pixel size(mm): name them so in its first line");
+export function readPixelSizes(text, csvName) {
+  let separators = SEPARATORS;
+  for (;;) {
+    const [line] = text.match(/^[^\r\n]*(\r\n|\r|\n)?/);
+    const named = line.match(/^sep=([^\r\n])/);
+    if (named) separators = [named[1]];
+    const isHeader = !/^(#|sep=)/.test(line) && /[^ \t\0\uFEFF\xA0\r\n,;|"]/.test(line);
+    if (isHeader || !line) break;
+    text = text.slice(line.length);
   }
-  const sizes = new Map();
-  for (const line of lines) {
-    const value = Number(line[size]);
+  const tables = separators.map((separator) => parse(text, separator));
+  const table = tables.find(([header]) => places(header).every((at) => at >= 0));
+  if (!table) {
+    const [[header]] = tables.sort(([a], [b]) => b.length - a.length);
+    const lacking = COLUMNS.filter((_, i) => places(header)[i] < 0);
+    throw new Error(
+      `has no column ${lacking.join(" and ")}: its first row is ${header.slice(0, 10).join(", ")}`,
+    );
+  }
+  const [header, ...lines] = table;
+  const [nameAt, sizeAt] = places(header);
+  const texts = new Map();
+  const found = new Map();
+  for (const cells of lines) {
+    const [name, size] = [cells[nameAt] ?? "", cells[sizeAt] ?? ""];
+    if (!name) continue;
+    const value = Number(size.match(NUMBER)?.[1].replace(",", "."));
+    let problem = found.get(name)?.problem;
     if (!(value > 0 && value < MOST_MM)) {
-      throw new Error(`gives ${line[name]} the pixel size ${line[size]}: give a number of mm`);
+      problem ??= `has ${size || "nothing"} as its pixel size in ${csvName}: give a number of mm`;
     }
-    sizes.set(line[name], value);
+    if ((texts.get(name) ?? size) !== size) problem ??= `has two rows in ${csvName}: remove one`;
+    // Such as a decimal comma between commas.
+    if (cells.slice(header.length).some(Boolean)) {
+      problem ??= `has more cells than the header in ${csvName}: take semicolons between them`;
+    }
+    texts.set(name, size);
+    found.set(name, problem ? { problem } : { size: value });
   }
-  return sizes;
+  return found;
+}
+
+/**
+ * Returns what was read of a file: under its name, or under one in another case, composition or
+ * folder, where there is just one.
+ */
+export function findRow(rows, name) {
+  if (rows.has(name)) return rows.get(name);
+  const alike = [...rows.keys()].filter((other) => likeness(other) === likeness(name));
+  return alike.length === 1 ? rows.get(alike[0]) : undefined;
+}
+
+function likeness(name) {
+  return name.split(/[/\\]/).at(-1).normalize("NFC").toLowerCase();
+}
+
+/** Returns the cells of each row, without blanks around them. */
+function parse(text, separator) {
+  const rows = [];
+  let [row, cell, quoted] = [[], "", false];
+  const endCell = () => {
+    row.push(cell.replace(BLANKS, ""));
+    cell = "";
+  };
+  for (let i = 0; i < text.length; i++) {
+    const character = text[i];
+    if (quoted) {
+      const doubled = character === '"' && text[i + 1] === '"';
+      if (character !== '"' || doubled) cell += character;
+      else quoted = false;
+      if (doubled) i++;
+    } else if (character === '"' && !cell) {
+      quoted = true;
+    } else if (character === separator) {
+      endCell();
+    } else if (character === "\n" || character === "\r") {
+      endCell();
+      rows.push(row);
+      row = [];
+    } else {
+      cell += character;
+    }
+  }
+  endCell();
+  return [...rows, row];
+}
+
+/** Returns where each column is, once, under its own name or one like it; -1 where it isn't. */
+function places(header) {
+  const plain = (name) => name.replace(/[\s()[\]_.-]/g, "").toLowerCase();
+  const once = (names, name) =>
+    names.filter((other) => other === name).length === 1 ? names.indexOf(name) : -1;
+  return COLUMNS.map((column) => {
+    const exact = once(header, column);
+    return exact >= 0 ? exact : once(header.map(plain), plain(column));
+  });
 }

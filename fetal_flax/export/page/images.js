@@ -27,10 +27,33 @@ export async function readGray(file) {
     if (Math.min(width, height) < SMALLEST_SIDE_PX) {
       throw new Error(`has ${width}×${height} pixels, too few to show a head: give the whole image`);
     }
-    return luma(pixels(bitmap), width, height);
+    const rgba = pixels(bitmap);
+    await checkPixels(rgba, file);
+    return luma(rgba, width, height);
   } finally {
     bitmap.close();
   }
+}
+
+/** Refuses images whose grey values the browser has not given as they are in the file. */
+async function checkPixels(rgba, file) {
+  let [largest, opaque] = [0, true];
+  for (let i = 0; i < rgba.length; i++) {
+    if (i % 4 === 3) opaque &&= rgba[i] === 255;
+    else if (rgba[i] > largest) largest = rgba[i];
+  }
+  if (!opaque) {
+    throw new Error("has transparent pixels, whose grey a browser loses: save it without them");
+  }
+  // Python scales values of 8 to 14 bits that a device has put into 16; here they are nearly black.
+  if (largest < 64 && (await isPngOf16Bits(file))) {
+    throw new Error("holds fewer bits in 16, which a browser shows black: save it with 8 bits");
+  }
+}
+
+async function isPngOf16Bits(file) {
+  const head = new Uint8Array(await file.slice(0, 25).arrayBuffer());
+  return String.fromCharCode(...head.slice(1, 4)) === "PNG" && head[24] === 16;
 }
 
 function pixels(bitmap) {

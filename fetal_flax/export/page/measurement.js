@@ -45,7 +45,7 @@ function linearPositions(newSize, oldSize) {
   const after = new Int32Array(newSize);
   const fraction = new Float32Array(newSize);
   for (let i = 0; i < newSize; i++) {
-    const position = Math.fround((i + 0.5) * scale - 0.5);
+    const position = (i + 0.5) * scale - 0.5;
     const floor = Math.floor(position);
     before[i] = Math.max(floor, 0);
     after[i] = Math.min(floor + 1, oldSize - 1);

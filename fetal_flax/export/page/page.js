@@ -3,7 +3,7 @@
 import { MOST_MM, assess, gestationalAge, inMm, judge, resizeImage } from "./measurement.js";
 import { outlinePath } from "./drawing.js";
 import { decode, pixelsAreTrue, readGray } from "./images.js";
-import { measurementsCsv, readPixelSizes } from "./csv.js";
+import { decodeText, findRow, measurementsCsv, readPixelSizes } from "./csv.js";
 import { startNetwork, unpack } from "./network.js";
 
 const FLAGS = {
@@ -33,7 +33,7 @@ const settings = JSON.parse(element("settings").textContent);
 
 /** Images in the order in which they were chosen, measured or not. */
 const images = [];
-/** Pixel sizes in mm by file name, from a CSV. */
+/** What CSVs say of pixel sizes, by file name. */
 const pixelSizes = new Map();
 let pixelSizeOfAll = null;
 let selected = null;
@@ -83,10 +83,17 @@ function take(files) {
   if (element("files").disabled) return;
   element("problems").replaceChildren();
   const chosen = [...files];
-  const isCsv = (file) => file.name.toLowerCase().endsWith(".csv");
+  const isCsv = ({ name }) => name.toLowerCase().endsWith(".csv");
+  // As they lie beside images in a folder.
+  const isOther = ({ name }) => name.startsWith(".") || name.endsWith("_Annotation.png");
+  const others = chosen.filter(isOther);
+  if (others.length) {
+    problem(`Left out as hidden or an outline of HC18: ${count(others.length, "file")}.`);
+  }
+  const rest = chosen.filter((file) => !isOther(file));
   waiting = waiting.then(async () => {
-    for (const file of chosen.filter(isCsv)) await takePixelSizes(file);
-    await measureAll(chosen.filter((file) => !isCsv(file)));
+    for (const file of rest.filter(isCsv)) await takePixelSizes(file);
+    await measureAll(rest.filter((file) => !isCsv(file)));
   });
 }
 
@@ -99,7 +106,7 @@ async function measureAll(files) {
   for (const [index, file] of files.entries()) {
     say(`Measuring ${index + 1} of ${files.length}: ${file.name}`);
     const image = { file, name: file.name, pixelSizeMm: null };
-    image.pixelSizeMm = pixelSizes.get(file.name) ?? pixelSizeOfAll;
+    image.pixelSizeMm = sizeIn(pixelSizes, file.name) ?? pixelSizeOfAll;
     try {
       await measure(image);
       if (stopped()) return;
@@ -120,16 +127,24 @@ async function measureAll(files) {
 
 async function takePixelSizes(file) {
   try {
-    const sizes = readPixelSizes(await file.text());
-    for (const [name, size] of sizes) pixelSizes.set(name, size);
-    for (const image of images) image.pixelSizeMm = sizes.get(image.name) ?? image.pixelSizeMm;
+    const sizes = readPixelSizes(decodeText(new Uint8Array(await file.arrayBuffer())), file.name);
+    for (const [name, row] of sizes) pixelSizes.set(name, row);
+    for (const image of images) image.pixelSizeMm = sizeIn(sizes, image.name) ?? image.pixelSizeMm;
     // Each image has its own; typing one for all would be a slip.
     element("for-all").checked = false;
     showAll();
-    say(`${file.name}: ${count(sizes.size, "pixel size")}.`);
+    const usable = [...sizes.values()].filter(({ size }) => size).length;
+    say(`${file.name}: ${count(usable, "pixel size")}.`);
   } catch (error) {
     problem(`${file.name} ${error.message}.`);
   }
+}
+
+/** Returns the pixel size that a CSV gives a file, if any; says so where it is none. */
+function sizeIn(sizes, name) {
+  const row = findRow(sizes, name);
+  if (row?.problem) problem(`${name} ${row.problem}.`);
+  return row?.size;
 }
 
 function count(number, noun) {
@@ -181,13 +196,15 @@ async function select(image) {
   hideScaleTool();
   showAll();
   element("image-name").textContent = image.name;
-  const bitmap = await decode(image.file);
+  // The file may have left the disk.
+  const bitmap = await decode(image.file).catch(() => null);
   if (selected !== image) return;
   const canvas = element("canvas");
   [canvas.width, canvas.height] = [image.width, image.height];
   canvas.setAttribute("aria-label", `Ultrasound image ${image.name}`);
-  canvas.getContext("2d").drawImage(bitmap, 0, 0);
-  bitmap.close();
+  if (bitmap) canvas.getContext("2d").drawImage(bitmap, 0, 0);
+  else problem(`${image.name} can’t be read any more: what was measured stands.`);
+  bitmap?.close();
   draw(image);
 }
 

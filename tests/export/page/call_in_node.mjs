@@ -3,8 +3,8 @@
 //   node call_in_node.mjs MODULE_JS CALLS_JSON
 //
 // CALLS_JSON holds [[function, argument, ...], ...]. An argument {file, type, width, height} is a
-// map whose values lie in that file; the values of maps that are returned are written to
-// result_NUMBER.bin beside CALLS_JSON. Prints the results as JSON.
+// map whose values lie in that file, and {asMap} is a Map; the values of maps that are returned are
+// written to result_NUMBER.bin beside CALLS_JSON. Prints the results as JSON.
 import { readFileSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { pathToFileURL } from "node:url";
@@ -14,6 +14,7 @@ const module = await import(pathToFileURL(modulePath));
 const types = { uint8: Uint8Array, float32: Float32Array };
 
 const read = (argument) => {
+  if (argument?.asMap) return new Map(argument.asMap);
   if (!argument?.file) return argument;
   const { buffer, byteOffset, byteLength } = readFileSync(argument.file);
   const data = new types[argument.type](buffer.slice(byteOffset, byteOffset + byteLength));

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import select
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -18,29 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fetal_flax.errors import InputError
 from fetal_flax.export import web
 
 SECONDS = 120
 
 
-def missing(reason: str) -> None:
-    """Skips the test; CI has to have everything."""
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-def program(*names: str) -> str:
-    """Returns the path of the first of the programs that is installed."""
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        missing(f"no {' or '.join(names)} on PATH: install one to test the page")
-    return str(found)
-
-
 @pytest.fixture
-def call_in_node(tmp_path: Path) -> Callable[..., list[Any]]:
+def call_in_node(program: Callable[..., str], tmp_path: Path) -> Callable[..., list[Any]]:
     """Calls functions of one of the page's modules, each a name and its arguments.
 
     Arrays go and come as the page's maps, of uint8 or float32.
@@ -78,17 +61,6 @@ def call_in_node(tmp_path: Path) -> Callable[..., list[Any]]:
         return json.loads(ran.stdout, object_hook=read)
 
     return call
-
-
-@pytest.fixture(scope="session")
-def onnxruntime_web() -> web.BrowserRuntime:
-    """The npm package that FETAL_FLAX_ONNXRUNTIME_WEB names, or what npm fetches."""
-    given = os.environ.get("FETAL_FLAX_ONNXRUNTIME_WEB")
-    try:
-        return web.browser_runtime(Path(given) if given else None)
-    except InputError as error:
-        missing(str(error))
-        raise
 
 
 class Browser:
@@ -232,7 +204,7 @@ class Browser:
 
 
 @pytest.fixture
-def open_page(tmp_path: Path) -> Iterator[Callable[..., Browser]]:
+def open_page(program: Callable[..., str], tmp_path: Path) -> Iterator[Callable[..., Browser]]:
     """Opens a page in a browser of its own."""
     begun: list[Browser] = []
 

@@ -7,19 +7,25 @@ import csv
 import json
 import re
 import time
+import unicodedata
 from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 
+import fetal_flax as ff
 from fetal_flax.checkpoints import load_checkpoint
-from fetal_flax.data.images import decode_gray, resize_image
+from fetal_flax.data.hc18 import read_pixel_sizes
+from fetal_flax.data.images import decode_gray, read_gray, resize_image
 from fetal_flax.data.phantoms import make_phantom
+from fetal_flax.errors import InputError
 from fetal_flax.export import ExportSettings, onnx_model
 from fetal_flax.export.web import write_page
 from fetal_flax.inference.assessment import assess, native_mask
 from fetal_flax.inference.predict import predict
+from fetal_flax.inference.sources import check_image
 from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.measurement.gestational_age import gestational_age
 from fetal_flax.measurement.head import OUTLINE_PX, measure_head
@@ -93,11 +99,11 @@ CIRCLE = (np.cos(TURN), np.sin(TURN))
 
 def test_images_are_resized_to_the_same_grey_levels(call_in_node):
     rng = np.random.default_rng(0)
-    sizes = ((540, 800), (571, 799), (256, 256), (100, 90), (37, 301), (128, 128), (64, 900))
+    sizes = ((540, 800), (571, 799), (256, 384), (100, 90), (37, 301), (128, 192), (64, 900))
     images = [rng.integers(0, 256, size, np.uint8) for size in sizes]
-    calls = [("resizeImage", image, 128, 128) for image in images]
+    calls = [("resizeImage", image, 128, 192) for image in images]
     for image, resized in zip(images, call_in_node("measurement.js", calls), strict=True):
-        np.testing.assert_array_equal(resized, resize_image(image, (128, 128)))
+        np.testing.assert_array_equal(resized, resize_image(image, (128, 192)))
 
 
 def test_colour_becomes_the_same_grey(call_in_node):
@@ -110,8 +116,8 @@ def test_colour_becomes_the_same_grey(call_in_node):
 
 def test_logits_give_the_same_mask(call_in_node):
     rng = np.random.default_rng(0)
-    shapes = ((540, 800), (100, 90), (256, 256), (128, 128))
-    logits = [rng.normal(size=(128, 128)).astype(np.float32) for _ in shapes]
+    shapes = ((540, 800), (100, 90), (256, 384), (128, 192))
+    logits = [rng.normal(size=(128, 192)).astype(np.float32) for _ in shapes]
     calls = [("nativeMask", map_, *shape) for map_, shape in zip(logits, shapes, strict=True)]
     results = call_in_node("measurement.js", calls)
     for map_, shape, mask in zip(logits, shapes, results, strict=True):
@@ -203,10 +209,42 @@ def test_the_outline_runs_around_the_mask(call_in_node):
         np.testing.assert_array_equal(np.cumsum(crossings, axis=1)[:, :-1] % 2, mask)
 
 
-def test_pixel_sizes_are_read_from_a_csv(call_in_node):
-    text = '\ufefffilename,pixel size(mm),head circumference (mm)\r\na.png,0.07,1\r\n"b",1e-1,2\r\n'
-    [sizes] = call_in_node("csv.js", [("readPixelSizes", text)])
-    assert sizes == {"a.png": 0.07, "b": 0.1}
+HEADER, TWO = "filename,pixel size(mm)\n", "a.png,0.1\nb ü.png,0.25\n"
+PLAIN = HEADER + TWO
+CSVS = (
+    PLAIN,
+    PLAIN.replace(",", ";").replace("0.", "0,"),
+    PLAIN.replace(",", "\t"),
+    "sep=!\n" + PLAIN.replace(",", "!"),
+    "# made by hand\n#,;\n\n,,\n" + HEADER + "\n,,\n" + TWO + ";;\n\0\0",
+    'id,"File Name",pixel_size_mm,\r\n0,"a.png",0.1 mm,\r\n1,"b ü.png","0,25MM",x\r\n',
+    HEADER + " test_set/A.PNG , 1E-1\rC:\\scans\\b ü.png,\t+2.5e-01\r",
+    unicodedata.normalize("NFD", PLAIN),
+    PLAIN + "a.png,0.1\nother.png,NA\nz.png,0.1\nz.png,0.2\nshort\n",
+)
+NO_SIZES = ("0", "-0.1", "1000", "NaN", "inf", "1,000", "0x1", "", "0.1 px", "0.1\na.png,0.2")
+
+
+def test_pixel_sizes_are_read_from_the_same_csvs_as_in_python(call_in_node, tmp_path):
+    written = [text.encode() for text in CSVS]
+    written += [PLAIN.encode(encoding) for encoding in ("utf-8-sig", "utf-16", "cp1252")]
+    texts = call_in_node("csv.js", [("decodeText", [*data]) for data in written])
+    texts += [f"{HEADER}a.png,{size}\n" for size in NO_SIZES]
+    found = call_in_node("csv.js", [("readPixelSizes", text, "sizes.csv") for text in texts])
+    expected = {"a.png": 0.1, "b ü.png": 0.25}
+    names = [*expected]
+    calls = [("findRow", {"asMap": [*rows.items()]}, name) for rows in found for name in names]
+    rows = iter(call_in_node("csv.js", calls))
+    for data in written:
+        (tmp_path / "sizes.csv").write_bytes(data)
+        assert read_pixel_sizes(tmp_path / "sizes.csv", names) == expected
+        assert {name: next(rows)["size"] for name in names} == expected
+    for size in NO_SIZES:
+        (tmp_path / "sizes.csv").write_text(f"{HEADER}a.png,{size}\n")
+        with pytest.raises(InputError):
+            read_pixel_sizes(tmp_path / "sizes.csv", names)
+        assert "sizes.csv" in next(rows)["problem"]
+        assert next(rows) is None
 
 
 @pytest.fixture(scope="module")
@@ -353,3 +391,81 @@ def test_the_page_at_the_width_of_a_phone_and_a_desk(page, open_page, shared_dir
             assert apart, boxes
     browser.picture(tmp_path / f"page_{width}.png")
     assert browser.complaints == []
+
+
+def odd_files(scan: np.ndarray, folder: Path) -> dict[str, list[Path]]:
+    """Writes files that measure as the scan does, and others, by what becomes of them."""
+    opaque, transparent = (np.dstack([scan, scan, scan, scan | 255]) for _ in range(2))
+    transparent[0, 0, 3] = 0
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6  # A quarter turn to the right shows it upright.
+    PIL.Image.fromarray(np.rot90(scan)).save(folder / "turned.png", exif=turned)
+    good = {"opaque.png": opaque, "wide.png": scan.astype(np.uint16) * 257}
+    refused = {
+        "one.png": scan[:1, :1],
+        "huge.png": np.zeros((6000, 8000), np.uint8),
+        "transparent.png": transparent,
+        "low.png": scan.astype(np.uint16) * 16,
+    }
+    left_out = {"._hidden.png": scan, "scan_Annotation.png": scan}
+    for name, pixels in (good | refused | left_out).items():
+        cv2.imwrite(str(folder / name), pixels)
+    (folder / "cut.png").write_bytes((folder / "wide.png").read_bytes()[:20_000])
+    (folder / "empty.png").touch()
+    return {
+        "good": [folder / "turned.png", *(folder / name for name in good)],
+        "refused": [folder / name for name in (*refused, "cut.png", "empty.png")],
+        "left out": [folder / name for name in left_out],
+    }
+
+
+@pytest.mark.slow
+def test_the_page_refuses_what_it_would_measure_otherwise_than_python(
+    page, open_page, shared_dir, tmp_path
+):
+    scan = read_gray(shared_dir / "hc18/training_set/603_HC.png")
+    files = odd_files(scan, tmp_path)
+    sizes, bad = tmp_path / "sizes.csv", tmp_path / "bad.csv"
+    sizes.write_text("filename;pixel size(mm)\nturned.png;0,2\nopaque.png;0\nwide.png;0.25 mm\n")
+    bad.write_text("name,size\nturned.png,0.2\n")
+    browser = open_page(page)
+    browser.choose(sizes, bad, *files["refused"], *files["good"], *files["left out"])
+    browser.wait(MEASURED)
+    rows = "[...document.querySelectorAll('#rows tr')].map(row => [row.cells[0].textContent, "
+    found = browser.evaluate(f"{rows} row.cells[1].textContent, row.cells[5].textContent])")
+    head = ff.Segmenter(load_checkpoint(NETWORK)).measure(scan).head
+    assert head is not None
+    expected = [
+        [name, f"{head.ellipse.circumference * (size or 1):.{1 if size else 0}f}", size]
+        for name, size in (("turned.png", 0.2), ("opaque.png", None), ("wide.png", 0.25))
+    ]
+    assert [[name, hc.removesuffix(" px")] for name, hc, _ in found] == [e[:2] for e in expected]
+    assert [size for _, _, size in found] == ["0.2000", "–", "0.2500"]
+
+    # Each is refused in a sentence, and so it is by Python, but what browsers alone lose.
+    problems = browser.evaluate(
+        "[...document.querySelectorAll('#problems li')].map(item => item.textContent)"
+    )
+    unreadable = "is no image that this browser can read: give PNG or JPEG."
+    assert problems == [
+        "Left out as hidden or an outline of HC18: 2 files.",
+        "bad.csv has no column filename and pixel size(mm): its first row is name, size.",
+        "one.png has 1×1 pixels, too few to show a head: give the whole image.",
+        "huge.png has more than 33,554,432 pixels: crop or shrink it.",
+        "transparent.png has transparent pixels, whose grey a browser loses: save it without them.",
+        "low.png holds fewer bits in 16, which a browser shows black: save it with 8 bits.",
+        f"cut.png {unreadable}",
+        f"empty.png {unreadable}",
+        "opaque.png has 0 as its pixel size in sizes.csv: give a number of mm.",
+    ]
+    for path in files["refused"]:
+        if path.stem not in ("transparent", "low"):
+            with pytest.raises(InputError):
+                check_image(read_gray(path))
+
+    # A file that has left the disk leaves its numbers, and no other image beside them.
+    files["good"][1].unlink()
+    browser.evaluate("document.getElementById('next').click()")
+    browser.wait("document.getElementById('problems').textContent.includes('any more')")
+    hc = browser.evaluate("document.getElementById('hc').textContent")
+    assert hc == f"{head.ellipse.circumference:.0f} px"
