@@ -59,6 +59,8 @@ MATRIX = {
     "a pipe that nobody reads": Row(after="| true"),
     "a pipe that is read a little": Row(after="2>&1 | head -c 20"),
 }
+FAST = ("a read-only root", "no terminal, no streams", "streams in ASCII")
+"""Rows whose predictions are no slow tests; the other rows' are."""
 
 
 @pytest.fixture
@@ -97,7 +99,10 @@ def run(row: Row, folder: Path, *arguments: str) -> subprocess.CompletedProcess[
     return subprocess.run(shell, cwd=folder, env=environment, capture_output=True, timeout=600)
 
 
-@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MATRIX],
+)
 def test_predict_measures_as_ever(name, folder):
     source, output = folder / "in", folder / "out"
     source.mkdir()

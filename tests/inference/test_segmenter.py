@@ -125,7 +125,14 @@ def test_batching_does_not_change_the_logits():
 
 
 @pytest.mark.parametrize(
-    ("devices", "images", "tta"), [(8, 19, "flip"), (3, 7, "none"), (8, 5, "none"), (2, 1, "flip")]
+    ("devices", "images", "tta"),
+    [
+        (8, 19, "flip"),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in ((3, 7, "none"), (8, 5, "none"), (2, 1, "flip"))
+        ),
+    ],
 )
 def test_devices_that_share_images_see_what_one_sees(devices, images, tta):
     saved = checkpoint(functional.init(MODEL, 0), (32, 32))

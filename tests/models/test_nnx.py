@@ -101,7 +101,7 @@ def test_jit_of_a_constructor_draws_what_the_constructor_draws(name):
             assert array.std() == pytest.approx(expected.std(), rel=0.15), path
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", SLOW_IF_LARGE)
 def test_parameters_and_statistics_split_and_merge(name):
     module = ALL[name](nnx.Rngs(0))
     graph, params, batch_stats = nnx.split(module, nnx.Param, nnx.BatchStat)
@@ -188,7 +188,10 @@ def _count_updates(monkeypatch, model: nnx.Module, **options) -> int:
     return len(updated)
 
 
-@pytest.mark.parametrize("name", ["mobilenet_aspp_se_unet", "mobilenet_unet"])
+@pytest.mark.parametrize(
+    "name",
+    ["mobilenet_aspp_se_unet", pytest.param("mobilenet_unet", marks=pytest.mark.slow)],
+)
 def test_a_network_trains_its_encoder_with_the_rest_or_leaves_it(monkeypatch, name):
     model, key = create_model(ModelConfig(name=name), rngs=nnx.Rngs(0)), jax.random.key(0)
     assert not isinstance(model, UNet)

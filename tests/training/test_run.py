@@ -204,7 +204,7 @@ def test_a_cosines_end_is_not_moved_by_resuming(by_recipe, small_config):
 
 
 def test_a_run_begins_with_a_trained_network(finished, small_config, tmp_path):
-    """At another image size; with a rate of nearly nothing its parameters are those it ends with."""
+    """At another image size; with a rate of nearly nothing it ends with the same parameters."""
     config = small_config(epochs=1)
     config = dataclasses.replace(
         config,
