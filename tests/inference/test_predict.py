@@ -38,6 +38,8 @@ from fetal_flax.measurement.head import OUTLINE_PX, measure_head
 from fetal_flax.models import functional
 from fetal_flax.reporting import pictures
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DICOM = Path(pydicom.data.__file__).parent / "test_files"
 
 

@@ -19,6 +19,8 @@ from fetal_flax.measurement.gestational_age import gestational_age
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MODEL = ModelConfig(name="unet", base_width=4)
 NO_VARIABLES = Variables({}, {})
 ONE_DEVICE = jax.devices()[:1]

@@ -151,7 +151,16 @@ def test_one_device_and_two_agree_on_the_default_network(make_batch):
     _assert_devices_agree_in_float64(DEFAULT, batches, devices=2)
 
 
-@pytest.mark.parametrize("config", [UNET, DEFAULT], ids=["unet", "described"])
+@pytest.mark.parametrize(
+    ("tiny_and_real", "config"),
+    [
+        ("tiny", UNET),
+        pytest.param("real", UNET, marks=pytest.mark.slow),
+        pytest.param("real", DEFAULT, marks=pytest.mark.slow),
+    ],
+    indirect=["tiny_and_real"],
+    ids=["tiny", "unet", "described"],
+)
 @pytest.mark.usefixtures("tiny_and_real")
 def test_a_gpus_step_is_a_cpus_in_float64(config, make_batch):
     batches = [make_batch(4, 64, 64, seed) for seed in range(2)]
