@@ -115,7 +115,8 @@ def _run(copy: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     for name in [name for name in environment if name.startswith("PYTEST_")]:
         del environment[name]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += ["-m", "slow or not slow", *tests]
     return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
 
 

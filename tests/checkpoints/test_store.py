@@ -21,6 +21,8 @@ from fetal_flax.models.functional import Variables
 from fetal_flax.training.compile import create_state
 from fetal_flax.training.sharding import create_mesh, replicated
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MODEL = ModelConfig(name="unet", base_width=2)
 CONFIG = TrainConfig(model=MODEL)
 DESCRIPTION = Description(
@@ -137,7 +139,10 @@ def test_there_is_nothing_to_restore_before_the_first_epoch(variables, tmp_path)
     saved.close()
 
 
-@pytest.mark.parametrize(("devices_before", "devices_after"), [(8, 1), (1, 8), (8, 2)])
+@pytest.mark.parametrize(
+    ("devices_before", "devices_after"),
+    [(8, 2), *(pytest.param(*devices, marks=pytest.mark.slow) for devices in ((8, 1), (1, 8)))],
+)
 def test_training_goes_on_with_other_devices(variables, tmp_path, devices_before, devices_after):
     state = create_state(CONFIG, variables, create_mesh(jax.devices()[:devices_before]))
     expected = _bytes(state)
@@ -177,7 +182,7 @@ def _donating_step(sharding: Sharding) -> Callable[[Any], Any]:
     )
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, devices):
     sharding = replicated(create_mesh(jax.devices()[:devices]))
     step = _donating_step(sharding)

@@ -18,6 +18,8 @@ import cv2
 import numpy as np
 import pytest
 
+from fetal_flax.checkpoints import save_checkpoint
+
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = ("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups")
 IN_OWN_MOUNTS = ("unshare", "-m", "sh", "-c")
@@ -62,6 +64,8 @@ MATRIX = {
     "a pipe that nobody reads": Row(after="| true"),
     "a pipe that is read a little": Row(after="2>&1 | head -c 20"),
 }
+FAST = ("a read-only root", "no terminal, no streams", "streams in ASCII")
+"""Rows whose predictions are no slow tests; the other rows' are."""
 
 
 @pytest.fixture
@@ -100,8 +104,11 @@ def run(row: Row, folder: Path, *arguments: str) -> subprocess.CompletedProcess[
     return subprocess.run(shell, cwd=folder, env=environment, capture_output=True, timeout=600)
 
 
-@pytest.mark.parametrize("name", MATRIX)
-def test_predict_measures_as_ever(name, folder):
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MATRIX],
+)
+def test_predict_measures_as_ever(name, threshold_network, folder):
     source, output = folder / "in", folder / "out"
     source.mkdir()
     output.mkdir()
@@ -111,8 +118,9 @@ def test_predict_measures_as_ever(name, folder):
         cv2.ellipse(image, (80, 60), (50, 38), 20, 0, 360, (200,), 4)
         (source / f"{stem}.png").write_bytes(cv2.imencode(".png", image)[1].tobytes())
     (source / "broken é.png").write_bytes(b"no image")
+    save_checkpoint(folder / "network", threshold_network)
     flags = ("--input", str(source), "--output", str(output), "--pixel-size", "0.5")
-    ran = run(MATRIX[name], folder, "predict", *flags)
+    ran = run(MATRIX[name], folder, "predict", "--checkpoint", str(folder / "network"), *flags)
     assert ran.returncode == 2, ran.stderr.decode()
     assert b"Traceback" not in ran.stderr + ran.stdout
     with (output / "measurements.csv").open(encoding="utf-8", newline="") as file:

@@ -20,6 +20,8 @@ from fetal_flax.data.images import resize_image, resize_mask
 from fetal_flax.data.samples import TrainingOrder, split_into_calls
 from fetal_flax.training.sharding import create_mesh, replicated
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZE = (64, 96)
 MOVING, STILL = AugmentationConfig(affine_probability=1.0), AugmentationConfig(enabled=False)
 

@@ -279,6 +279,6 @@ def test_workers_from_a_script_that_stops_early(tiny_hc18: Path, tmp_path: Path)
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT)
     command = [sys.executable, "-W", "error", str(script), str(tiny_hc18), str(tmp_path / "cache")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout == "(2, 32, 32, 1)\n"
     assert "Error" not in done.stderr

@@ -10,6 +10,8 @@ from fetal_flax.config import AugmentationConfig
 from fetal_flax.data.photometric import UNCHANGED, Photometric, apply_photometric, draw_photometric
 from fetal_flax.data.samples import draw_transform
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EVERYTHING = AugmentationConfig(
     gain=0.3, gamma=0.5, blur_px=1.5, speckle=0.2, shadow=0.6, photometric_probability=1.0
 )

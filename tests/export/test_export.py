@@ -21,8 +21,15 @@ from fetal_flax.models import functional
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.parametrize("format", ["onnx", "stablehlo"])
-@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [
+        ("onnx", "uint8"),
+        ("stablehlo", "float32"),
+        pytest.param("onnx", "float32", marks=pytest.mark.slow),
+        pytest.param("stablehlo", "uint8", marks=pytest.mark.slow),
+    ],
+)
 def test_a_file_is_written_and_agrees(format, dtype, threshold_network, bright_heads, tmp_path):
     output = tmp_path / "made" / "network"
     report = to_file(

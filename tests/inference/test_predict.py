@@ -38,6 +38,8 @@ from fetal_flax.measurement.head import OUTLINE_PX, measure_head
 from fetal_flax.models import functional
 from fetal_flax.reporting import pictures
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DICOM = Path(pydicom.data.__file__).parent / "test_files"
 
 
@@ -497,7 +499,11 @@ def test_a_table_is_for_people_and_its_json_for_programs(checkpoint, sees_a_head
     assert not (output / "measurements.json").exists()
 
 
-def test_a_shipped_network_is_named_without_its_folder(tmp_path):
+def test_a_shipped_network_is_named_without_its_folder(threshold_network, tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "networks")
+    arrays = shipped.to_float16(threshold_network.variables)
+    files = shipped.contents(arrays, threshold_network.metadata, {})
+    shipped.save(shipped.FOLDER / shipped.DEFAULT_NETWORK, files)
     predict(shipped.default(), write_images(tmp_path / "in", "a.png"), tmp_path / "out")
     assert measurements(tmp_path / "out")["a"]["network"] == shipped.DEFAULT_NETWORK
 

@@ -19,6 +19,8 @@ from fetal_flax.measurement.gestational_age import gestational_age
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MODEL = ModelConfig(name="unet", base_width=4)
 NO_VARIABLES = Variables({}, {})
 ONE_DEVICE = jax.devices()[:1]
@@ -125,7 +127,14 @@ def test_batching_does_not_change_the_logits():
 
 
 @pytest.mark.parametrize(
-    ("devices", "images", "tta"), [(8, 19, "flip"), (3, 7, "none"), (8, 5, "none"), (2, 1, "flip")]
+    ("devices", "images", "tta"),
+    [
+        (8, 19, "flip"),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in ((3, 7, "none"), (8, 5, "none"), (2, 1, "flip"))
+        ),
+    ],
 )
 def test_devices_that_share_images_see_what_one_sees(devices, images, tta):
     saved = checkpoint(functional.init(MODEL, 0), (32, 32))

@@ -14,6 +14,8 @@ from fetal_flax.inference.submission import COLUMNS, to_row
 from fetal_flax.measurement.ellipse import Ellipse
 from fetal_flax.models import functional
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PIXEL_SIZE_MM = 0.25
 # Wider than high and higher than wide, leaning either way.
 ELLIPSES = [

@@ -98,6 +98,7 @@ def test_an_independent_computation_agrees_on_phantoms():
     assert 0 < sum(cut) < len(cut)
 
 
+@pytest.mark.slow
 def test_an_independent_computation_agrees_on_hc18(shared_dir):
     outlines = sorted((shared_dir / "hc18" / "training_set").glob("*_Annotation.png"))[::80]
     compare([fill_outline(read_gray(path)) > 0 for path in outlines])

@@ -20,6 +20,8 @@ from fetal_flax.models.blocks import DoubleConv, ResidualSEBlock, SqueezeExcite,
 from fetal_flax.models.mobilenet_v2 import OUT_INDICES, InvertedResidual, MobileNetV2
 from fetal_flax.parity import reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 class Place(NamedTuple):
     """Where a block stands in a network, in our names and PyTorch's."""

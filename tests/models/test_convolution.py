@@ -21,6 +21,8 @@ from fetal_flax.models.convolution import (
     up_convolution_3x3,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 QUICK_COMPILATION = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,

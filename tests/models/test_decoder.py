@@ -6,6 +6,8 @@ from flax import nnx
 from fetal_flax.config import ModelConfig
 from fetal_flax.models import decoder
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _record_maps(monkeypatch: pytest.MonkeyPatch, block: type) -> list[tuple]:
     """The maps that blocks of this kind are given from here on."""

@@ -93,6 +93,7 @@ def test_folding_batch_norms_alone_gives_the_same_function(config):
         assert _apart(logits, _unfolded(config, variables, images)) < 1e-12
 
 
+@pytest.mark.slow
 @_networks(DESCRIBED)
 def test_in_float32_folding_costs_no_digits(config):
     """Each form rounds a hundred or so times in a row, in its own way; neither is the better."""

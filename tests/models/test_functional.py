@@ -87,14 +87,25 @@ def test_bfloat16_keeps_statistics_in_float32():
     assert {array.dtype.name for array in batch_stats.values()} == {"float32"}
 
 
-def test_evaluation_needs_no_key():
-    logits = jax.jit(
-        lambda v, x: functional.apply(DESCRIBED, v, x), compiler_options=QUICK_COMPILATION
-    )(_initialised(DESCRIBED), _images(2, 64, 64, 1))
-    assert np.isfinite(logits).all()
+@pytest.mark.parametrize(
+    "config",
+    [DESCRIBED, pytest.param(ModelConfig(name="mobilenet_unet"), marks=pytest.mark.slow)],
+    ids=lambda config: config.title,
+)
+def test_evaluation_needs_no_key_nor_an_encoder_beside_its_features(config):
+    def whole_and_by_features(variables: Variables, images: jax.Array) -> tuple[jax.Array, ...]:
+        features = functional.encode(config, variables, images)
+        halves = functional.apply(config, variables, images, features=features)
+        return functional.apply(config, variables, images), halves, *features
+
+    run = jax.jit(whole_and_by_features, compiler_options=QUICK_COMPILATION)
+    whole, halves, *features = run(_initialised(config), _images(2, 64, 64, 1))
+    assert [array.shape[-1] for array in features] == [16, 24, 32, 96, 1280]
+    assert np.isfinite(whole).all() and np.ptp(np.asarray(whole)) > 0
+    np.testing.assert_allclose(halves, whole, atol=1e-5 * np.ptp(np.asarray(whole)))
 
 
-@pytest.mark.parametrize("train_encoder", [False, True])
+@pytest.mark.parametrize("train_encoder", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_updates_the_encoders_statistics_only_on_request(train_encoder):
     before = _initialised(DESCRIBED).batch_stats
     _, after = _compiled(DESCRIBED, True, train_encoder)(_images(2, 64, 64, 1))

@@ -12,6 +12,8 @@ from fetal_flax.errors import InputError
 from fetal_flax.models.aspp import ASPP
 from fetal_flax.models.layers import BatchNorm, Conv, UpConv, broadcast_to_map, normalize
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture
 def float64() -> Iterator[None]:

@@ -55,7 +55,12 @@ LARGE: dict[str, Build] = {
     "mobilenet_unet": lambda rngs: create_model(ModelConfig(name="mobilenet_unet"), rngs=rngs),
 }
 ALL = SMALL | LARGE
-SLOW_IF_LARGE = [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
+
+
+def small_and(*fast: str) -> list:
+    """Names of all blocks and networks, where large ones not named here are for the slow tests."""
+    slow = [pytest.param(name, marks=pytest.mark.slow) for name in LARGE if name not in fast]
+    return [*SMALL, *fast, *slow]
 
 
 def _signature(module: nnx.Module) -> dict:
@@ -76,7 +81,7 @@ def _differing(ours: dict, theirs: dict) -> set:
     return {path for path in ours if not np.array_equal(ours[path], theirs[path])}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", small_and("described"))
 def test_eval_shape_of_a_constructor_is_the_module_without_arrays(name):
     abstract = nnx.eval_shape(lambda: ALL[name](nnx.Rngs(0)))
     leaves = jax.tree.leaves(nnx.state(abstract))
@@ -86,7 +91,7 @@ def test_eval_shape_of_a_constructor_is_the_module_without_arrays(name):
     assert nnx.graphdef(abstract) == nnx.graphdef(concrete)
 
 
-@pytest.mark.parametrize("name", SLOW_IF_LARGE)
+@pytest.mark.parametrize("name", small_and())
 def test_jit_of_a_constructor_draws_what_the_constructor_draws(name):
     """Other numbers of the same distribution; what is not drawn is equal."""
     compiled = nnx.jit(lambda: ALL[name](nnx.Rngs(0)))()
@@ -101,7 +106,7 @@ def test_jit_of_a_constructor_draws_what_the_constructor_draws(name):
             assert array.std() == pytest.approx(expected.std(), rel=0.15), path
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", small_and())
 def test_parameters_and_statistics_split_and_merge(name):
     module = ALL[name](nnx.Rngs(0))
     graph, params, batch_stats = nnx.split(module, nnx.Param, nnx.BatchStat)
@@ -188,7 +193,10 @@ def _count_updates(monkeypatch, model: nnx.Module, **options) -> int:
     return len(updated)
 
 
-@pytest.mark.parametrize("name", ["mobilenet_aspp_se_unet", "mobilenet_unet"])
+@pytest.mark.parametrize(
+    "name",
+    ["mobilenet_aspp_se_unet", pytest.param("mobilenet_unet", marks=pytest.mark.slow)],
+)
 def test_a_network_trains_its_encoder_with_the_rest_or_leaves_it(monkeypatch, name):
     model, key = create_model(ModelConfig(name=name), rngs=nnx.Rngs(0)), jax.random.key(0)
     assert not isinstance(model, UNet)

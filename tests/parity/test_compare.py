@@ -92,6 +92,7 @@ def test_ten_steps_agree_however_the_encoder_is_treated(make_batch, model, encod
     assert ("encoder" in groups) == encoder.trainable
 
 
+@pytest.mark.slow
 def test_a_small_unet_agrees_and_so_does_its_training(make_batch, small_pair):
     batches = [make_batch(2, 32, 48, seed) for seed in range(2)]
     exact, single = compare(small_pair, batches, pos_weight=POS_WEIGHT, steps=10)
@@ -102,6 +103,7 @@ def test_a_small_unet_agrees_and_so_does_its_training(make_batch, small_pair):
     assert exact.logits_over_std < 1e-12 < single.logits_over_std
 
 
+@pytest.mark.slow
 def test_a_small_unet_for_rgb_agrees_with_dice_over_the_batch(make_batch):
     model = dataclasses.replace(SMALL_UNET.model, in_channels=3)
     pair = random_pair(TrainConfig(model=model, loss=LossConfig(dice_over="batch")))
@@ -120,6 +122,7 @@ def test_the_two_dices_differ():
     assert abs(per_image - over_batch) > 0.01
 
 
+@pytest.mark.slow
 def test_torchvisions_encoder_agrees_at_all_five_taps(make_batch, tmp_path):
     network = reference.Encoder(3)
     reference.randomise_norms(network, 0)

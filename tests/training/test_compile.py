@@ -20,6 +20,7 @@ from fetal_flax.training.sharding import create_mesh
 from fetal_flax.training.step import initial_state
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_a_run_traces_its_training_step_once_and_ahead_of_time(small_config, tmp_path, monkeypatch):
     apply_train, traced = functional.apply_train, []
 

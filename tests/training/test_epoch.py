@@ -3,11 +3,14 @@
 import dataclasses
 import threading
 
+import pytest
+
 from fetal_flax.training import epoch
 from fetal_flax.training.epoch import open_batches
 from fetal_flax.training.setup import prepare
 
 
+@pytest.mark.usefixtures("tiny_network", "never_trained")
 def test_recipes_are_made_by_a_thread_while_the_devices_work(small_config, monkeypatch):
     config, recipes, made_by = small_config(), epoch.training_recipes, []
 

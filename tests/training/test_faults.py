@@ -30,6 +30,8 @@ from fetal_flax.training.events import (
 from fetal_flax.training.interruption import Interruption
 from fetal_flax.training.run import train
 
+pytestmark = pytest.mark.usefixtures("tiny_network")
+
 
 def at_call(monkeypatch, owner, name: str, number: int, do) -> None:
     """Does something before a function is called for the n-th time."""

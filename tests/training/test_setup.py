@@ -22,6 +22,7 @@ def test_data_go_to_accelerators_with_four_times_their_memory(platform, memory, 
     assert fits_accelerator(device, 1000) == fits
 
 
+@pytest.mark.usefixtures("tiny_network", "never_trained")
 def test_batches_are_the_hosts_on_a_cpu_and_the_devices_where_data_fit(small_config, monkeypatch):
     on_cpu = prepare(small_config())
     assert on_cpu.device_dataset is None and "batches by the host" in describe(on_cpu)

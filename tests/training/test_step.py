@@ -92,10 +92,20 @@ def _assert_identical(ours: dict, theirs: dict) -> None:
         assert a.tobytes() == b.tobytes(), name
 
 
+tiny = pytest.mark.usefixtures("tiny_network")
+
+
 @pytest.fixture(scope="module")
-def unet() -> tuple[Mesh, Programs]:
+def on_two_devices() -> tuple[Mesh, Programs]:
     mesh = create_mesh(jax.devices()[:2])
     return mesh, create_programs(UNET, mesh)
+
+
+@pytest.fixture(params=["tiny", pytest.param("real", marks=pytest.mark.slow)])
+def tiny_and_real(request) -> None:
+    """Tests with a tiny network, and among the slow tests with the real one."""
+    if request.param == "tiny":
+        request.getfixturevalue("tiny_network")
 
 
 def _assert_devices_agree_in_float64(
@@ -113,7 +123,8 @@ def _assert_devices_agree_in_float64(
         }
 
 
-@pytest.mark.parametrize("dice_over", ["image", pytest.param("batch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dice_over", ["image", "batch"])
+@pytest.mark.usefixtures("tiny_and_real")
 def test_one_and_eight_devices_agree(dice_over, make_batch):
     config = TrainConfig(model=UNET.model, loss=LossConfig(dice_over=dice_over))
     batches = [make_batch(8, 32, 16, seed) for seed in range(3)]
@@ -141,10 +152,16 @@ def test_one_device_and_two_agree_on_the_default_network(make_batch):
 
 
 @pytest.mark.parametrize(
-    "config",
-    [UNET, pytest.param(DEFAULT, marks=pytest.mark.slow)],
-    ids=["unet", "described"],
+    ("tiny_and_real", "config"),
+    [
+        ("tiny", UNET),
+        pytest.param("real", UNET, marks=pytest.mark.slow),
+        pytest.param("real", DEFAULT, marks=pytest.mark.slow),
+    ],
+    indirect=["tiny_and_real"],
+    ids=["tiny", "unet", "described"],
 )
+@pytest.mark.usefixtures("tiny_and_real")
 def test_a_gpus_step_is_a_cpus_in_float64(config, make_batch):
     batches = [make_batch(4, 64, 64, seed) for seed in range(2)]
     with jax.enable_x64(True):
@@ -165,6 +182,7 @@ def test_one_number_that_is_not_finite_is_found(value):
     assert not all_finite((jnp.ones(()), gradients | {"b": jnp.ones(4).at[2].set(value)}))
 
 
+@tiny
 def test_a_step_is_traced_once_whatever_the_learning_rate_and_pos_weight(monkeypatch, make_batch):
     traced = []
 
@@ -191,8 +209,9 @@ def test_a_step_is_traced_once_whatever_the_learning_rate_and_pos_weight(monkeyp
     assert int(state.step) == 3
 
 
-def test_a_step_consumes_its_state_and_leaves_the_variables_alone(unet, make_batch):
-    mesh, steps = unet
+@tiny
+def test_a_step_consumes_its_state_and_leaves_the_variables_alone(on_two_devices, make_batch):
+    mesh, steps = on_two_devices
     variables = _variables(UNET)
     before = _host(variables)
     state = create_state(UNET, variables, mesh)
@@ -205,8 +224,9 @@ def test_a_step_consumes_its_state_and_leaves_the_variables_alone(unet, make_bat
     _assert_identical(variables.batch_stats, before.batch_stats)
 
 
-def test_loss_falls_on_a_fixed_batch(unet, make_batch):
-    mesh, steps = unet
+@tiny
+def test_loss_falls_on_a_fixed_batch(on_two_devices, make_batch):
+    mesh, steps = on_two_devices
     state, falling = create_state(UNET, _variables(UNET), mesh), []
     for _ in range(5):
         state, metrics = steps.train_step(state, POS_WEIGHT, make_batch(2, 16, 16))
@@ -217,8 +237,9 @@ def test_loss_falls_on_a_fixed_batch(unet, make_batch):
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_metrics_and_statistics_are_those_of_the_batch(unet, train, make_batch):
-    mesh, steps = unet
+@tiny
+def test_metrics_and_statistics_are_those_of_the_batch(on_two_devices, train, make_batch):
+    mesh, steps = on_two_devices
     batch, variables = make_batch(2, 16, 16), _variables(UNET)
     images, masks = jnp.float32(batch.image) / 255, jnp.float32(batch.mask)
     if train:
@@ -241,8 +262,9 @@ def test_metrics_and_statistics_are_those_of_the_batch(unet, train, make_batch):
     np.testing.assert_allclose(metrics["dice"], dice, rtol=1e-5)
 
 
-def test_padded_rows_of_an_evaluation_batch_change_nothing(unet, make_batch):
-    _, steps = unet
+@tiny
+def test_padded_rows_of_an_evaluation_batch_change_nothing(on_two_devices, make_batch):
+    _, steps = on_two_devices
     variables, batch, results = _variables(UNET), make_batch(2, 16, 16), []
     for filler in (0, 1):
         padded = Batch(
@@ -265,7 +287,7 @@ def _encoder(arrays: dict) -> dict:
 def _steps_with_encoder(
     encoder: EncoderConfig, make_batch: Callable[..., Batch]
 ) -> tuple[Variables, TrainState]:
-    """Two steps of the smallest network with an encoder, negative zeros in it."""
+    """Two steps of a network with an encoder, negative zeros in it."""
     config = TrainConfig(
         model=ModelConfig(name="mobilenet_unet"),
         encoder=encoder,
@@ -287,6 +309,7 @@ def _moved(before: dict, after: dict) -> set[str]:
     return {name for name in before if before[name].tobytes() != after[name].tobytes()}
 
 
+@pytest.mark.usefixtures("tiny_and_real")
 def test_a_frozen_encoder_stays_bit_for_bit(make_batch):
     before, after = _steps_with_encoder(EncoderConfig(), make_batch)
     _assert_identical(_encoder(before.params), _encoder(after.params))
@@ -296,14 +319,14 @@ def test_a_frozen_encoder_stays_bit_for_bit(make_batch):
     assert _moved(before.batch_stats, after.batch_stats)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("tiny_and_real")
 def test_a_frozen_encoder_with_batch_statistics_drifts_in_them_alone(make_batch):
     before, after = _steps_with_encoder(EncoderConfig(frozen_batch_norm="batch"), make_batch)
     _assert_identical(_encoder(before.params), _encoder(after.params))
     assert _moved(before.batch_stats, after.batch_stats) == before.batch_stats.keys()
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("tiny_and_real")
 def test_a_trainable_encoder_learns_at_its_own_rate(make_batch):
     before, after = _steps_with_encoder(
         EncoderConfig(trainable=True, learning_rate=1e-5), make_batch
@@ -318,7 +341,7 @@ def test_a_trainable_encoder_learns_at_its_own_rate(make_batch):
     assert _moved(before.batch_stats, after.batch_stats) == before.batch_stats.keys()
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("tiny_and_real")
 def test_every_step_drops_out_differently_and_a_repeat_the_same(make_batch):
     config = TrainConfig(optimizer=OptimizerConfig(learning_rate=1e-30))
     mesh = create_mesh(jax.devices()[:1])
@@ -333,6 +356,7 @@ def test_every_step_drops_out_differently_and_a_repeat_the_same(make_batch):
     assert runs[0][0] != runs[0][1]
 
 
+@tiny
 def test_state_arrays_lie_whole_on_every_device():
     mesh = create_mesh()
     state = create_state(UNET, _variables(UNET), mesh)
@@ -341,7 +365,11 @@ def test_state_arrays_lie_whole_on_every_device():
         assert leaf.sharding == replicated(mesh)
 
 
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen encoder", "trainable encoder"])
+@pytest.mark.parametrize(
+    "trainable",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["frozen encoder", "trainable encoder"],
+)
 def test_a_loop_runs_every_convolution_of_a_step_fast(trainable, make_batch):
     """In a loop, XLA's CPU backend hands no other than NHWC × HWIO → NHWC to Eigen."""
     config = TrainConfig(encoder=EncoderConfig(weights="none", trainable=trainable))
@@ -360,6 +388,7 @@ def test_a_loop_runs_every_convolution_of_a_step_fast(trainable, make_batch):
         assert "reverse" not in line or "true" not in line
 
 
+@tiny
 def test_averages_are_moving_means_of_what_learns(make_batch):
     schedule = ScheduleConfig(average_decay=0.2)
     config = dataclasses.replace(UNET, schedule=schedule)
@@ -387,6 +416,7 @@ def test_a_frozen_encoder_has_no_averages(make_batch):
     assert all(name in state.averages for name in state.params if not name.startswith("encoder/"))
 
 
+@tiny
 def test_averaging_leaves_training_as_it_is(make_batch):
     batches = [make_batch(4, 16, 16, seed=seed) for seed in range(3)]
     averaging = dataclasses.replace(UNET, schedule=ScheduleConfig(average_decay=0.9))
@@ -395,6 +425,7 @@ def test_averaging_leaves_training_as_it_is(make_batch):
     assert network_of(plain.state).params == plain.state.params
 
 
+@tiny
 def test_rates_follow_the_cosine_step_by_step(make_batch):
     """Plain gradient descent of a known rate: what one step moves is the rate's share of it."""
     schedule = ScheduleConfig(epochs=2, decay="cosine", warmup_epochs=1)
@@ -412,6 +443,7 @@ def test_rates_follow_the_cosine_step_by_step(make_batch):
         np.testing.assert_allclose(part - array, whole / 5, atol=2e-7)
 
 
+@tiny
 def test_soft_masks_are_shares_in_the_loss_and_whole_pixels_in_the_dice(make_batch):
     hard = make_batch(4, 16, 16)
     soft = hard._replace(mask=np.where(hard.mask, 200, 60).astype(np.uint8))
@@ -424,6 +456,7 @@ def test_soft_masks_are_shares_in_the_loss_and_whole_pixels_in_the_dice(make_bat
     assert in_between.metrics[0]["loss"] != as_pixels.metrics[0]["loss"]
 
 
+@tiny
 def test_grey_levels_are_varied_in_training_alone(make_batch):
     augmentation = AugmentationConfig(gain=0.5, photometric_probability=1.0)
     config = dataclasses.replace(UNET, augmentation=augmentation)

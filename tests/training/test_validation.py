@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,13 +14,15 @@ from fetal_flax.training.setup import Setup, prepare
 from fetal_flax.training.validation import Validation
 
 NO_WEIGHTS = EncoderConfig(weights="none")
+WITH_ENCODER = ModelConfig(name="mobilenet_unet", base_width=16)
+
+pytestmark = pytest.mark.usefixtures("tiny_network", "never_trained")
 
 
 def with_encoder(config: TrainConfig, keep_mb: int, encoder: EncoderConfig = NO_WEIGHTS) -> Setup:
-    """A run whose validation images take 0.1 MB on each of eight devices, their maps 1 MB."""
+    """A run whose validation images take 0.1 MB on each of eight devices, their maps 2 MB."""
     data = dataclasses.replace(config.data, image_size=(128, 128), keep_validation_mb=keep_mb)
-    model = ModelConfig(name="mobilenet_unet")
-    return prepare(dataclasses.replace(config, model=model, encoder=encoder, data=data))
+    return prepare(dataclasses.replace(config, model=WITH_ENCODER, encoder=encoder, data=data))
 
 
 def counted(run: Setup) -> tuple[Setup, list[Batch]]:
@@ -38,7 +39,7 @@ def counted(run: Setup) -> tuple[Setup, list[Batch]]:
 
 def learned(variables: Variables, *, encoder: bool) -> Variables:
     """Other values for the decoder, or for the encoder."""
-    other = functional.init(ModelConfig(name="mobilenet_unet"), 1)
+    other = functional.init(WITH_ENCODER, 1)
     return Variables(
         *(
             {name: (new if name.startswith("encoder/") == encoder else old)[name] for name in old}
@@ -120,19 +121,3 @@ def test_an_encoder_that_moves_is_asked_every_time(small_config):
         assert validation.measure(run.variables) != validation.measure(moved)
         assert validation.measure(moved) == Validation(run).measure(moved)
         assert not encoded
-
-
-def test_the_features_are_the_encoders(make_batch):
-    """In float64: the network on its encoder's features is the network."""
-    model = ModelConfig(name="mobilenet_unet")
-    with jax.enable_x64(True):
-        variables = jax.tree.map(lambda a: np.asarray(a, np.float64), functional.init(model, 0))
-        images = make_batch(2, 32, 64).image / 255
-        # Compiled whole, which a step by step run takes a minute for.
-        features = jax.jit(functional.encode, static_argnums=0)(model, variables, images)
-        apply = jax.jit(functional.apply, static_argnums=0)
-        whole, halves = (
-            apply(model, variables, images, features=given) for given in (None, features)
-        )
-    assert [array.shape[-1] for array in features] == [16, 24, 32, 96, 1280]
-    np.testing.assert_allclose(whole, halves, rtol=1e-12, atol=1e-12)
