@@ -149,6 +149,7 @@ def measure(
         map_in_threads(dataset.record, track(indices, "Evaluating"), workers),
         lambda record: record.image,
         lambda record: record.pixel_size_mm,
+        assess_views=False,
     )
     compared = list(_kept(map_in_threads(compare, measured, workers), output))
     if contradictions:

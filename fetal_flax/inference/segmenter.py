@@ -140,6 +140,8 @@ class Segmenter:
         items: Iterable[Item],
         image: Callable[[Item], Image],
         pixel_size_mm: Callable[[Item], float | None],
+        *,
+        assess_views: bool = True,
     ) -> Iterator[tuple[Item, Measurement]]:
         """Yields each item with the measurement of its image, as `measure_all` does.
 
@@ -147,6 +149,8 @@ class Segmenter:
             items: Whatever comes with the images: records, names and images.
             image: Returns an item's image.
             pixel_size_mm: Returns the side of its pixels, or None.
+            assess_views: With `flip`, whether image and mirror image are also assessed each by
+                itself, as `Measurement.views`.
         """
 
         def measure(segmented: tuple[Item, Views]) -> tuple[Item, Measurement]:
@@ -157,7 +161,7 @@ class Segmenter:
                 outline_px=self._outline_px,
                 pixel_size_mm=pixel_size_mm(item),
             )
-            each = tuple(map(view, views)) if len(views) > 1 else ()
+            each = tuple(map(view, views)) if assess_views and len(views) > 1 else ()
             return item, view(mean_logits(views), views=each)
 
         return self._map(measure, self.segment(items, image))

@@ -13,7 +13,7 @@ from fetal_flax.checkpoints import Checkpoint, Description, save_checkpoint
 from fetal_flax.config import ModelConfig
 from fetal_flax.data.images import resize_image
 from fetal_flax.errors import InputError
-from fetal_flax.inference.assessment import mean_logits, native_mask
+from fetal_flax.inference.assessment import Measurement, mean_logits, native_mask
 from fetal_flax.inference.segmenter import Segmenter, load
 from fetal_flax.measurement.gestational_age import gestational_age
 from fetal_flax.models import functional
@@ -214,6 +214,21 @@ def test_a_mirror_image_is_mirrored_back():
     (averaged,) = segmenter.logits([image])
     mean = (expit(views[0]) + expit(views[1])) / 2
     np.testing.assert_allclose(expit(averaged), mean, atol=1e-6)
+
+
+def test_single_views_are_assessed_where_they_are_wanted():
+    segmenter = Segmenter(checkpoint(functional.init(MODEL, 0), (32, 64)), tta="flip")
+
+    def measure(**options) -> Measurement:
+        items = segmenter.measure_each(
+            random_images(1, (32, 64)), lambda image: image, lambda _: 0.5, **options
+        )
+        return next(items)[1]
+
+    both, neither = measure(), measure(assess_views=False)
+    assert len(both.views) == 2 and neither.views == ()
+    np.testing.assert_array_equal(neither.logits, both.logits)
+    assert (neither.head, neither.quality) == (both.head, both.quality)
 
 
 def test_mean_logits_are_exact_where_probabilities_round():
