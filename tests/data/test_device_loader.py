@@ -127,6 +127,7 @@ def test_recipes_of_any_length_and_start_take_the_same(dataset, images_on_device
     assert set(whole.indices.ravel().tolist()) <= {0, 2, 3, 5}
 
 
+@pytest.mark.slow
 def test_the_warp_is_albumentations_own_on_real_images(hc18_sample):
     warp = jax.jit(gather_batch, static_argnames="channels")
     for number, record in enumerate(hc18_sample[::5]):
