@@ -127,7 +127,13 @@ def folder(tmp_path_factory, threshold_network) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.parametrize("name", DOCUMENTED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "train" else name
+        for name in DOCUMENTED
+    ],
+)
 def test_the_example_is_true(name, folder, small_config):
     value = named(name)
     # As in a doctest of its module, and what a reader of the interface has.

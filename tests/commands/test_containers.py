@@ -64,7 +64,7 @@ MATRIX = {
     "a pipe that nobody reads": Row(after="| true"),
     "a pipe that is read a little": Row(after="2>&1 | head -c 20"),
 }
-FAST = ("a read-only root", "no terminal, no streams", "streams in ASCII")
+FAST = ("a read-only root", "no terminal, no streams")
 """Rows whose predictions are no slow tests; the other rows' are."""
 
 
@@ -134,7 +134,7 @@ def test_predict_measures_as_ever(name, threshold_network, folder):
 
 
 @pytest.mark.parametrize("name", MATRIX)
-@pytest.mark.parametrize("command", ["--version", "--help"])
+@pytest.mark.parametrize("command", ["--version", pytest.param("--help", marks=pytest.mark.slow)])
 def test_what_needs_nothing_needs_no_home_either(name, command, folder):
     ran = run(MATRIX[name], folder, command)
     assert ran.returncode == 0, ran.stderr.decode()

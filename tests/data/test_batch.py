@@ -9,12 +9,15 @@ from fetal_flax.data.batch import BatchRecipe, DeviceDataset, gather_batch
 from fetal_flax.data.images import resize_image, resize_mask
 from fetal_flax.data.samples import Transform, apply_transform, draw_transform, sampling_matrix
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZE = (64, 96)
 MOVING = AugmentationConfig(affine_probability=1.0)
 
 take = jax.jit(gather_batch, static_argnames="channels")
 
 
+@pytest.mark.slow
 def test_the_warp_is_albumentations_own_on_real_images(hc18_sample):
     for number, record in enumerate(hc18_sample[::5]):
         native, mask = hc18.load(record)

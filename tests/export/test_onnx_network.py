@@ -22,10 +22,10 @@ UNET = ModelConfig(name="unet", base_width=4)
 COMPACT = ModelConfig(variant="compact")
 NETWORKS = [
     UNET,
-    COMPACT,
     *(
         pytest.param(config, marks=pytest.mark.slow)
         for config in (
+            COMPACT,
             ModelConfig(name="mobilenet_unet"),
             ModelConfig(variant="described", in_channels=3),
             ModelConfig(variant="published"),

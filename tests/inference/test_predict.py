@@ -400,7 +400,7 @@ def test_results_that_can_not_be_written_are_an_input_error(checkpoint, tmp_path
         predict(checkpoint, write_images(tmp_path / "in", "a.png"), tmp_path / "out")
 
 
-@pytest.mark.parametrize("devices", [8, 3])
+@pytest.mark.parametrize("devices", [8, pytest.param(3, marks=pytest.mark.slow)])
 def test_devices_that_share_a_folder_write_what_one_writes(
     checkpoint, tmp_path, monkeypatch, devices
 ):

@@ -105,7 +105,8 @@ def test_evaluation_needs_no_key_nor_an_encoder_beside_its_features(config):
     np.testing.assert_allclose(halves, whole, atol=1e-5 * np.ptp(np.asarray(whole)))
 
 
-@pytest.mark.parametrize("train_encoder", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("train_encoder", [False, True])
 def test_training_updates_the_encoders_statistics_only_on_request(train_encoder):
     before = _initialised(DESCRIBED).batch_stats
     _, after = _compiled(DESCRIBED, True, train_encoder)(_images(2, 64, 64, 1))
@@ -115,6 +116,7 @@ def test_training_updates_the_encoders_statistics_only_on_request(train_encoder)
     assert _differing(before, after) == expected
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_the_key_alone():
     run, images = _compiled(DESCRIBED, train=True), _images(2, 64, 64, 1)
     (first, _), (again, _), (other, _) = run(images, 0), run(images, 0), run(images, 1)

@@ -135,6 +135,7 @@ def test_torchvisions_encoder_agrees_at_all_five_taps(make_batch, tmp_path):
     assert {f"enc{n}" for n in range(1, 6)} <= {row.stage for row in exact.stages}
 
 
+@pytest.mark.slow
 def test_the_real_encoder_agrees_with_its_real_weights(shared_dir, make_batch):
     path = shared_dir / "weights" / "mobilenet_v2_imagenet_dequantised.pth"
     pair = load_pair(path, ParitySettings())

@@ -72,7 +72,10 @@ MOMENTS = {
 
 @pytest.mark.parametrize(
     ("moment", "number"),
-    [*((moment, signal.SIGTERM) for moment in MOMENTS), ("in a step", signal.SIGINT)],
+    [
+        *((moment, signal.SIGTERM) for moment in MOMENTS),
+        pytest.param("in a step", signal.SIGINT, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_was_asked_to_stop_goes_on_exactly(
     moment, number, finished, small_config, tmp_path, read_rows, same_state
@@ -113,6 +116,7 @@ def test_a_scheduler_can_tell_a_stop_from_a_failure(error, code, monkeypatch, ca
     assert capsys.readouterr().err == "fetal-flax train: a\n"
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits(finished, small_config, tmp_path, read_rows, same_state):
     workdir = tmp_path / "run"
     train(small_config(), workdir)
