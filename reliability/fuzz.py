@@ -16,7 +16,6 @@ import faulthandler
 import io
 import itertools
 import json
-import logging
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.pool
@@ -359,7 +358,6 @@ def _intact_dicoms() -> list[bytes]:
 
 def dicom_files(campaign: Campaign, inputs: int, rng: random.Random, folder: Path) -> None:
     """`predict`: bytes and values of DICOM files damaged, with the pixel size and every frame."""
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     intact, path = _intact_dicoms(), folder / "a.dcm"
 
     def read() -> None:
@@ -382,7 +380,6 @@ def dicom_files(campaign: Campaign, inputs: int, rng: random.Random, folder: Pat
 
 def mixed_folders(campaign: Campaign, inputs: int, rng: random.Random, folder: Path) -> None:
     """`predict`: folders of DICOM files, images and rubbish; intact files always come through."""
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     dicoms, source = _intact_dicoms(), folder / "in"
     gray = np.add.outer(np.arange(32), 3 * np.arange(40)).astype(np.uint8)
     images = [cv2.imencode(kind, gray)[1].tobytes() for kind in (".png", ".jpg", ".bmp", ".webp")]

@@ -57,9 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     harden_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Orbax and Grain warn of their own settings, which no user can act on, and log errors that they
-    # raise as well; OpenCV and pydicom warn of broken files, which our own sentences name.
+    # raise as well; OpenCV warns of broken files, which our own sentences name.
     absl.logging.set_verbosity(absl.logging.FATAL)
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     # Without a home Matplotlib warns that it keeps its list of fonts among the temporary files.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")

@@ -5,6 +5,7 @@ regions), C.7.6.3 (pixels), C.11.2 (windows).
 """
 
 import itertools
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,6 +258,8 @@ def _pydicom() -> Any:
         raise InputError(
             "DICOM files need pydicom: install it with pip install 'fetal_flax[dicom]'"
         ) from None
-    # What matters of odd values is checked where it is used. Anew each time: filters come and go.
+    # What matters of odd values is checked where it is used. Anew each time: filters come and go,
+    # and the import sets the level.
     warnings.filterwarnings("ignore", module="pydicom")
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     return pydicom

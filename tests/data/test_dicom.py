@@ -1,4 +1,5 @@
 import builtins
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +276,13 @@ def test_values_in_the_upper_bits_are_refused(tmp_path):
     dataset.save_as(path)
     with pytest.raises(InputError, match="its values end at bit 15 of 12"):
         list(DicomFile(path).frames())
+
+
+def test_pydicom_has_nothing_to_say_of_odd_files(tmp_path, caplog):
+    logging.getLogger("pydicom").setLevel(logging.WARNING)  # As its import does.
+    assert only_frame(write(tmp_path / "a.dcm", NumberOfFrames=0)).shape == GRAY.shape
+    assert only_frame(write(tmp_path / "b.dcm", np.stack([GRAY] * 2))).shape == GRAY.shape
+    assert not caplog.records
 
 
 def test_as_many_frames_come_as_are_told(tmp_path):

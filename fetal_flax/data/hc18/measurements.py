@@ -118,7 +118,7 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> tuple[Rows, list[
 
 
 def _decoded(data: bytes) -> str:
-    if data[:4] == b"PK\3\4":
+    if data[:4] in (b"PK\3\4", b"\xd0\xcf\x11\xe0"):  # Of today, and before 2007.
         raise csv.Error("it is an Excel workbook; save it as CSV")
     for encoding in ("utf-16", "utf-8-sig", "cp1252"):
         if encoding == "utf-16" and data[:2] not in (b"\xff\xfe", b"\xfe\xff"):

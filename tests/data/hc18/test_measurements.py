@@ -99,10 +99,11 @@ def test_columns_that_are_missing_are_named_with_those_found(text, said, tmp_pat
         hc18.read_pixel_sizes(path, ["a.png"])
 
 
-def test_a_workbook_is_named(tmp_path: Path):
-    (tmp_path / "sizes.xlsx").write_bytes(b"PK\3\4xxxx")
+@pytest.mark.parametrize("start", [b"PK\3\4", b"\xd0\xcf\x11\xe0\xa1\xb1"])
+def test_a_workbook_is_named(tmp_path: Path, start):
+    (tmp_path / "sizes.csv").write_bytes(start + b"xxxx")
     with pytest.raises(InputError, match="Excel workbook; save it as CSV"):
-        hc18.read_pixel_sizes(tmp_path / "sizes.xlsx")
+        hc18.read_pixel_sizes(tmp_path / "sizes.csv")
 
 
 def test_rows_alike_but_for_their_case_are_not_guessed_among(tmp_path: Path):
