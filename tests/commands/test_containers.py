@@ -171,20 +171,23 @@ def test_a_read_only_root_without_a_home_has_nothing_to_say(folder):
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "way_out"),
     [
-        ("train", *TINY_TRAINING, "--workdir", "run"),
-        ("evaluate", "--checkpoint", "hc18-compact", "--data-dir", "hc18", "--output", "out"),
+        (("train", *TINY_TRAINING, "--workdir", "run"), "choose another --workdir"),
+        (
+            ("evaluate", "--checkpoint", "hc18-compact", "--data-dir", "hc18", "--output", "out"),
+            "no folder for temporary files can be written: give one as TMPDIR",
+        ),
     ],
 )
-def test_where_nothing_at_all_can_be_written_it_is_said(command, folder):
+def test_where_nothing_at_all_can_be_written_it_is_said(command, way_out, folder):
     row = MATRIX["a read-only root without a home"]
     row = dataclasses.replace(row, settings={**row.settings, "TMPDIR": None})
     cache = ("--data.cache-dir", str(folder)) if command[0] == "train" else ()
     ran = run(row, folder, *command, *cache)
     assert ran.returncode == 2, ran.stderr.decode()
     (said,) = ran.stderr.splitlines()
-    assert said.endswith(b": no folder for temporary files can be written: give one as TMPDIR")
+    assert said.decode().endswith(f": {way_out}")
 
 
 @pytest.mark.slow
