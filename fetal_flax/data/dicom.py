@@ -190,7 +190,7 @@ class DicomFile:
         bits = dataset.BitsStored
         # A table or a window says what is shown, else the values themselves do.
         table = next(iter(dataset.get("VOILUTSequence") or ()), {})
-        has_table = None not in (table.get("LUTDescriptor"), table.get("LUTData"))
+        descriptor, entries = table.get("LUTDescriptor"), table.get("LUTData")
         has_window = None not in (dataset.get("WindowCenter"), dataset.get("WindowWidth"))
         is_signed = dataset.PixelRepresentation and (has_window or frame.min() < 0)
         lowest = -(2 ** (bits - 1)) if is_signed else 0
@@ -198,8 +198,8 @@ class DicomFile:
             bits = min(bits - dataset.PixelRepresentation, significant_bits(frame))
         limits = np.array([lowest, lowest + 2**bits - 1])
         low, high = pixels.apply_modality_lut(limits, dataset)
-        if has_table:
-            low, high = 0, 2 ** table.LUTDescriptor[2] - 1
+        if descriptor is not None and entries is not None:
+            low, high = 0, 2 ** descriptor[2] - 1
         elif not has_window:  # Whose values go down where the slope does, too.
             low, high = sorted((low, high))
         shown = pixels.apply_voi_lut(pixels.apply_modality_lut(frame, dataset), dataset)
