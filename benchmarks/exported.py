@@ -8,7 +8,7 @@ runs the files in onnxruntime on the validation images of its split, and measure
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,14 @@ import fetal_flax as ff
 from fetal_flax.checkpoints import locate, shipped
 from fetal_flax.config import DataConfig
 from fetal_flax.data import splits
-from fetal_flax.data.datasets import open_dataset
+from fetal_flax.data.datasets import Dataset, open_dataset
+from fetal_flax.data.hc18 import IMAGES
 from fetal_flax.data.images import resize_image
 from fetal_flax.export.runtimes import onnx_runtime
 from fetal_flax.export.settings import ExportSettings
 from fetal_flax.inference.assessment import Measurement, assess
 from fetal_flax.measurement.head import OUTLINE_PX
+from fetal_flax.measurement.overlap import segmentation_metrics
 
 
 def main() -> None:
@@ -31,8 +33,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="hc18-compact", help="as of ff.load_checkpoint")
     options = parser.parse_args()
     checkpoint = ff.load_checkpoint(options.checkpoint)
-    dataset = open_dataset(DataConfig(data_dir=str(options.data_dir)), seed=0)
-    sides = splits.read_manifest(locate(options.checkpoint) / shipped.SPLIT, dataset.names)
+    dataset, sides = open_split(options.checkpoint, options.data_dir)
     records = [dataset.record(index) for index in sides.validation]
     measured: dict[str, list[Measurement]] = {}
     print(
@@ -42,7 +43,7 @@ def main() -> None:
         calibration = Path(folder) / "calibration"
         calibration.mkdir()
         for index in sides.train:
-            image = options.data_dir / "training_set" / f"{dataset.names[index]}.png"
+            image = options.data_dir / IMAGES / f"{dataset.names[index]}.png"
             (calibration / image.name).symlink_to(image.resolve())
         settings = {
             "float32": ExportSettings(),
@@ -78,11 +79,16 @@ def main() -> None:
             )
 
 
-def dices(masks: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> np.ndarray:
+def open_split(checkpoint: str, data_dir: Path) -> tuple[Dataset, splits.Split]:
+    """Opens HC18, and the split that a network was trained with."""
+    dataset = open_dataset(DataConfig(data_dir=str(data_dir)), seed=0)
+    return dataset, splits.read_manifest(locate(checkpoint) / shipped.SPLIT, dataset.names)
+
+
+def dices(masks: Iterable[np.ndarray], others: Iterable[np.ndarray]) -> np.ndarray:
     """Returns the Dice coefficient of each pair."""
-    pairs = zip(masks, others, strict=True)
     return np.array(
-        [2 * (mask & other).sum() / (mask.sum() + other.sum()) for mask, other in pairs]
+        [segmentation_metrics(*pair)["dice"] for pair in zip(masks, others, strict=True)]
     )
 
 

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ablation import HALVES, half_of
+from exported import open_split
 
 import fetal_flax as ff
 from fetal_flax.checkpoints import shipped
-from fetal_flax.evaluation.evaluate import measure
+from fetal_flax.data.datasets import Record
 from fetal_flax.measurement import quality
+from fetal_flax.measurement.ellipse_overlap import ellipse_metrics
 
 LEAST_DICE = 0.94
 LARGEST_ERROR_MM = 8.0
@@ -64,23 +66,27 @@ def flagged_by(image: Judged, *, agreement: float, spread_mm: float) -> bool:
 
 def judge_all(checkpoint: str, data_dir: Path) -> list[Judged]:
     """Measures the validation images of a network's split."""
-    evaluated = measure(checkpoint, data_dir, split="validation")
-    records = [evaluated.dataset.record(index) for index in evaluated.indices]
-    measured = ff.load(checkpoint).measure_all(
-        (record.image for record in records),
-        pixel_sizes_mm=[record.pixel_size_mm for record in records],
+    dataset, sides = open_split(checkpoint, data_dir)
+    measured = ff.load(checkpoint).measure_each(
+        map(dataset.record, sides.validation),
+        lambda record: record.image,
+        lambda record: record.pixel_size_mm,
     )
-    return [
-        Judged(
-            half_of(row.name),
-            row.metrics["ellipse_dice"] < LEAST_DICE
-            or row.metrics["hc_abs_error_mm"] > LARGEST_ERROR_MM,
-            frozenset(measurement.flags),
-            measurement.head.ellipse_agreement if measurement.head else 0.0,
-            (measurement.hc_mm or 0.0) * quality.size_spread(measurement.logits),
-        )
-        for row, measurement in zip(evaluated.rows, measured, strict=True)
-    ]
+    return [judge(record, measurement) for record, measurement in measured]
+
+
+def judge(record: Record, measurement: ff.Measurement) -> Judged:
+    """Compares a measurement with its image's annotation."""
+    hc_mm = measurement.hc_mm or 0.0
+    overlap = ellipse_metrics(measurement.head, record.mask > 0, record.pixel_size_mm)
+    return Judged(
+        half_of(record.name),
+        overlap["ellipse_dice"] < LEAST_DICE
+        or abs(hc_mm - record.head_circumference_mm) > LARGEST_ERROR_MM,
+        frozenset(measurement.flags),
+        measurement.head.ellipse_agreement if measurement.head else 0.0,
+        hc_mm * quality.size_spread(measurement.logits),
+    )
 
 
 def _table_row(name: str, images: Sequence[Judged], flagged: Callable[[Judged], bool]) -> str:

@@ -33,6 +33,7 @@ from fetal_flax.data import splits
 from fetal_flax.data.datasets import Dataset, open_dataset
 from fetal_flax.errors import InputError
 from fetal_flax.inference.segmenter import Segmenter
+from fetal_flax.measurement.overlap import segmentation_metrics
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 from fetal_flax.performance.machine import device_name
@@ -247,10 +248,8 @@ def compare(run: Run, rounded: Variables, dataset: Dataset, indices: Sequence[in
     ]
     changes, dices = {}, []
     for (record, whole), (_, half) in zip(*measured, strict=True):
-        masks = [whole.mask, half.mask]
         changes[record.name] = abs((whole.hc_mm or 0.0) - (half.hc_mm or 0.0))
-        total = masks[0].sum() + masks[1].sum()
-        dices.append(2 * (masks[0] & masks[1]).sum() / total if total else 1.0)
+        dices.append(segmentation_metrics(whole.mask, half.mask)["dice"])
     weights = {}
     for before, after in zip(run.variables, rounded, strict=True):
         for name, array in before.items():

@@ -37,6 +37,10 @@ INTERRUPTED = Interrupted.exit_code
 DEVICE_SETTINGS = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
 PATIENCE = 600
 """Seconds after which a process counts as hanging."""
+PHANTOMS = (
+    'dataset="fetal_phantom", cache_dir={cache!r}, image_size=(32, 32), phantom_count=60, '
+    "phantom_size=(64, 96), workers=0"
+)
 # The recipe of the shipped networks has all that a run can carry on: averages, a cosine, varied
 # grey levels, soft masks.
 CONFIGS = {
@@ -46,8 +50,7 @@ def config():
     return TrainConfig(
         name="small", model=ModelConfig(name="unet", base_width=4),
         encoder=EncoderConfig(weights="none"),
-        data=DataConfig(dataset="fetal_phantom", cache_dir={cache!r}, image_size=(32, 32),
-                        phantom_count=60, phantom_size=(64, 96), workers=0),
+        data=DataConfig({phantoms}),
         schedule=ScheduleConfig(epochs={epochs}, batch_size=4),
     )
 """,
@@ -59,8 +62,7 @@ def config():
     recipe = presets.load("hc18_shipped")
     return replace(
         recipe, name="described", encoder=EncoderConfig(weights="none"),
-        data=replace(recipe.data, dataset="fetal_phantom", cache_dir={cache!r},
-                     image_size=(32, 32), phantom_count=60, phantom_size=(64, 96), workers=0),
+        data=replace(recipe.data, {phantoms}),
         schedule=replace(recipe.schedule, epochs={epochs}, batch_size=8),
     )
 """,
@@ -124,9 +126,9 @@ class Campaign:
     def __init__(self, folder: Path, seed: int, epochs: int):
         self.folder = folder
         self.seed = seed
+        phantoms = PHANTOMS.format(cache=str(folder / "cache"))
         for name, text in CONFIGS.items():
-            text = text.format(cache=str(folder / "cache"), epochs=epochs)
-            (folder / f"{name}.py").write_text(text)
+            (folder / f"{name}.py").write_text(text.format(phantoms=phantoms, epochs=epochs))
 
     def start(self, config: str, workdir: Path, *flags: str, **environment: str) -> "Process":
         """Starts a training, or goes on with the one that has begun in `workdir`."""

@@ -152,19 +152,19 @@ class DicomFile:
                     f"{self._path} has {side:g} mm as the size of its pixels, not a positive "
                     f"number below {MOST_MM}: {_GIVE_SIZE}"
                 )
-        if not _are_square(tall, wide):
+        if not _are_alike(tall, wide):
             raise InputError(
                 f"{self._path} has pixels that are {tall:g} high and {wide:g} wide: resample it to "
                 "square ones"
             )
         widest, tallest = max(sizes, default=(0.0, 0.0))
-        if not all(_are_square(w, widest) and _are_square(h, tallest) for w, h in sizes):
+        if not all(_are_alike(w, widest) and _are_alike(h, tallest) for w, h in sizes):
             raise InputError(
                 f"{self._path} has regions of different pixel sizes: crop it to one, or give the "
                 "size as --pixel-size-csv"
             )
         for width, height in sizes:
-            if not _are_square(width, height):
+            if not _are_alike(width, height):
                 raise InputError(
                     f"{self._path} has pixels of {width:.4g} × {height:.4g} mm: resample it to "
                     "square ones"
@@ -207,8 +207,8 @@ class DicomFile:
         return 255 - gray if dataset.PhotometricInterpretation == "MONOCHROME1" else gray
 
 
-def _are_square(one: float, other: float) -> bool:
-    """Whether two sides are the same but for rounding."""
+def _are_alike(one: float, other: float) -> bool:
+    """Whether two sides of pixels are as long but for rounding."""
     return abs(one - other) <= _SQUARE * other
 
 

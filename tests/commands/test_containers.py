@@ -104,6 +104,20 @@ def run(row: Row, folder: Path, *arguments: str) -> subprocess.CompletedProcess[
     return subprocess.run(shell, cwd=folder, env=environment, capture_output=True, timeout=600)
 
 
+def with_tmpdir(name: str, tmpdir: str | None) -> Row:
+    """Returns a row of the matrix with a place for temporary files, or without."""
+    row = MATRIX[name]
+    return dataclasses.replace(row, settings={**row.settings, "TMPDIR": tmpdir})
+
+
+def train(row: Row, folder: Path) -> subprocess.CompletedProcess[bytes]:
+    """Trains a tiny network in `folder`."""
+    flags = (*TINY_TRAINING, "--data.workers", "0", "--workdir", str(folder / "run"))
+    ran = run(row, folder, "train", *flags)
+    assert ran.returncode == 0, ran.stderr.decode()
+    return ran
+
+
 @pytest.mark.parametrize(
     "name",
     [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MATRIX],
@@ -145,22 +159,15 @@ def test_what_needs_nothing_needs_no_home_either(name, command, folder):
 
 @pytest.mark.slow
 def test_a_training_without_a_home_keeps_its_data_among_the_temporary_files(folder):
-    row = MATRIX["neither home nor an entry in passwd"]
-    row = dataclasses.replace(row, settings={**row.settings, "TMPDIR": str(folder)})
-    flags = (*TINY_TRAINING, "--data.workers", "0", "--workdir", str(folder / "run"))
-    ran = run(row, folder, "train", *flags)
-    assert ran.returncode == 0, ran.stderr.decode()
+    train(with_tmpdir("neither home nor an entry in passwd", str(folder)), folder)
     assert (folder / "fetal_flax-54321" / "datasets").is_dir()
     assert (folder / "run" / "checkpoints").is_dir()
 
 
 @pytest.mark.slow
 def test_a_read_only_root_without_a_home_has_nothing_to_say(folder):
-    row = MATRIX["a read-only root without a home"]
-    row = dataclasses.replace(row, settings={**row.settings, "TMPDIR": str(folder)})
-    flags = (*TINY_TRAINING, "--data.workers", "0", "--workdir", str(folder / "run"))
-    ran = run(row, folder, "train", *flags)
-    assert ran.returncode == 0, ran.stderr.decode()
+    row = with_tmpdir("a read-only root without a home", str(folder))
+    ran = train(row, folder)
     assert all(line.startswith(b"Preparing ") for line in ran.stderr.splitlines())
     assert (folder / "run" / "curves.png").is_file()
     flags = ("--checkpoint", str(folder / "run"), "--output", str(folder / "evaluation"))
@@ -181,8 +188,7 @@ def test_a_read_only_root_without_a_home_has_nothing_to_say(folder):
     ],
 )
 def test_where_nothing_at_all_can_be_written_it_is_said(command, way_out, folder):
-    row = MATRIX["a read-only root without a home"]
-    row = dataclasses.replace(row, settings={**row.settings, "TMPDIR": None})
+    row = with_tmpdir("a read-only root without a home", None)
     cache = ("--data.cache-dir", str(folder)) if command[0] == "train" else ()
     ran = run(row, folder, *command, *cache)
     assert ran.returncode == 2, ran.stderr.decode()
