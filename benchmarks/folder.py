@@ -58,7 +58,10 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
 
     def whole() -> None:
         # Loaded and compiled once, so that a start isn't timed.
-        with mock.patch.object(predict, "load", lambda *_, **__: segmenter):
+        with (
+            mock.patch.object(predict, "load_checkpoint", lambda _: checkpoint),
+            mock.patch.object(predict, "Segmenter", lambda *_, **__: segmenter),
+        ):
             predict.predict(
                 Path(options.network), folder / "images", folder / "out", workers=options.workers
             )

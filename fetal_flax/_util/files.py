@@ -14,6 +14,8 @@ from typing import Any
 
 from fetal_flax.errors import InputError
 
+_TEMPORARY = ".{digest}.{process}.tmp"
+
 
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Writes a file whole or not at all; creates its folder if needed.
@@ -39,7 +41,7 @@ def replacing(path: str | Path) -> Generator[Path, None, None]:
     # In the same folder, since a move between file systems is a copy; the process id keeps two runs
     # apart, and a digest is shorter than any name that the system takes.
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    temporary = path.with_name(f".{digest}.{os.getpid()}.tmp")
+    temporary = path.with_name(_TEMPORARY.format(digest=digest, process=os.getpid()))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -50,6 +52,19 @@ def replacing(path: str | Path) -> Generator[Path, None, None]:
             raise
     except OSError as error:
         raise _not_written(path, error) from error
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what killed processes have left of files that `replacing` was writing there.
+
+    Raises:
+        InputError: One of them can't be removed.
+    """
+    for path in folder.glob(_TEMPORARY.format(digest="[0-9a-f]" * 16, process="[0-9]*")):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _not_written(path, error) from error
 
 
 class GrowingFile:

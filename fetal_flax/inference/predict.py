@@ -16,6 +16,7 @@ from fetal_flax._util.files import (
     growing_csv,
     growing_json,
     json_bytes,
+    remove_temporaries,
     whole_objects,
     whole_rows,
     write_atomically,
@@ -69,6 +70,8 @@ docs/measurement.md says what each holds. `measurements.json` has all digits."""
 TABLE, JSON_TABLE = "measurements.csv", "measurements.json"
 SETTINGS = "settings.json"
 """What the table beside it was measured with."""
+_RESULTS = {"masks": ".png", "overlays": ".png", "logits": ".npy"}
+"""The folders of what an image gives, and the endings of the files in them."""
 _ANEW = "leave --resume out to measure all anew"
 
 
@@ -152,6 +155,8 @@ def predict(
         "json": save_json,
     }
     rows, objects = _finished(output, settings) if resume else ([], [])
+    for folder in ("", *_RESULTS):
+        remove_temporaries(output / folder)
     before = {row["name"]: row for row in rows}
     names = [*before]
     flagged = [row["name"] for row in rows if row["flags"]]
@@ -350,10 +355,8 @@ def _row(name: str, measurement: Measurement) -> dict[str, object]:
 
 def _result_files(output: Path, name: str, *, save_logits: bool) -> list[Path]:
     """Returns the files of an image: mask, overlay and, if they are saved, logits."""
-    kinds = [("masks", ".png"), ("overlays", ".png"), ("logits", ".npy")]
-    return [
-        output / folder / stored_name(name, ending) for folder, ending in kinds[: 2 + save_logits]
-    ]
+    files = [output / folder / stored_name(name, ending) for folder, ending in _RESULTS.items()]
+    return files[: 2 + save_logits]
 
 
 def _write(output: Path, source: Source, measurement: Measurement, *, save_logits: bool) -> None:

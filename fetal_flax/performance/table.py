@@ -11,7 +11,7 @@ def render(report: Report) -> rich.console.Group:
     machine = report.machine
     height, width = report.image_size
     table = console.table(
-        ("", "batch", "devices", "ms", "quartiles", "images/s", "compiling", "MB", "roofline")
+        ("", "batch", "devices", "ms", "quartiles", "images/s", "compile", "MB", "roofline")
     )
     for timing in report.timings:
         low, high = (1e3 * second for second in timing.quartiles)

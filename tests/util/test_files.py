@@ -4,6 +4,8 @@ from fetal_flax._util.files import (
     csv_bytes,
     growing_csv,
     growing_json,
+    remove_temporaries,
+    replacing,
     whole_objects,
     whole_rows,
 )
@@ -62,3 +64,14 @@ def test_a_file_grows_behind_what_is_kept(tmp_path):
                 objects.add(text)
         assert paths[0].read_bytes() == csv_bytes([COLUMNS, *ROWS])
         assert json.loads(paths[1].read_bytes()) == [json.loads(text) for text in OBJECTS]
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path):
+    with replacing(tmp_path / "a.png") as temporary:
+        temporary.touch()
+    for name in (temporary.name, "a.tmp", ".a.1.tmp", temporary.name + "x"):
+        (tmp_path / name).touch()
+    remove_temporaries(tmp_path)
+    remove_temporaries(tmp_path / "none")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"a.png", "a.tmp", ".a.1.tmp", temporary.name + "x"}
