@@ -11,7 +11,7 @@ def render(report: Report) -> rich.console.Group:
     machine = report.machine
     height, width = report.image_size
     table = console.table(
-        ("", "batch", "devices", "ms", "quartiles", "images/s", "compile", "MB", "roofline")
+        ("", "batch", "devices", "ms", "quartiles", "images/s", "compile", "MB", "roof")
     )
     for timing in report.timings:
         low, high = (1e3 * second for second in timing.quartiles)
@@ -34,6 +34,6 @@ def render(report: Report) -> rich.console.Group:
         f"matrix product {machine.product_flops / 1e9:,.0f} GFLOP/s, copy "
         f"{machine.copy_bytes / 1e9:,.1f} GB/s{peak}",
         table,
-        "MB: temporaries on each device, XLA's plan. Roofline: the least time that the network's "
-        "operations need at the rates above, as a share of the time taken.",
+        "MB: temporaries on each device, XLA's plan. Roof: the least time that the network's "
+        "operations need at the rates above (the roofline), as a share of the time taken.",
     )
