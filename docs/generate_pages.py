@@ -42,6 +42,7 @@ LISTINGS = {
 }
 HELP_COLUMNS = "100"
 """At this width `--help` prints one column of boxes; into a pipe, it draws them in ASCII."""
+_CODE = re.compile(r"<code>([^<]*)</code>")
 _LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)\s]*)?\))")
 log = logging.getLogger("mkdocs.hooks")
 
@@ -79,6 +80,20 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
     generated = here in {page for page, *_ in LISTINGS.values()}
     return markdown if generated else _LINK.sub(within_site, markdown)
+
+
+def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Says where code may break: in a name after an underscore, in a flag not after its dashes."""
+
+    def breakable(match: re.Match[str]) -> str:
+        text = re.sub(r"--\w+", r'<span class="flag">\g<0></span>', match[1])
+        return f"<code>{text if in_block else re.sub('_(?=[a-z])', '_<wbr>', text)}</code>"
+
+    parts = re.split(r"(<pre>.*?</pre>)", html, flags=re.DOTALL)
+    for number, part in enumerate(parts):
+        in_block = number % 2 == 1
+        parts[number] = _CODE.sub(breakable, part)
+    return "".join(parts)
 
 
 def _check_reference(markdown: str) -> None:
