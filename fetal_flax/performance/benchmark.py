@@ -114,8 +114,13 @@ def benchmark(
         repeats: Timed repetitions of each.
 
     Raises:
-        InputError: The network doesn't take images of this size, or the devices can't be used.
+        InputError: The network doesn't take images of this size, a count is less than 1, or the
+            devices can't be used.
     """
+    counts = {"inference-batches": inference_batches, "training-batch": [training_batch]}
+    for flag, given in {**counts, "repeats": [repeats]}.items():
+        if min(given, default=1) < 1:
+            raise InputError(f"--{flag} must be at least 1, not {min(given)}")
     check_devices(model)
     parts = summarize(model, encoder_trainable=False, image_size=image_size)
     forward = 2 * parts.total.macs

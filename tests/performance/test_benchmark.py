@@ -46,6 +46,12 @@ def test_a_batch_that_devices_cannot_share_is_one_sentence(capsys, monkeypatch):
     assert "8 devices" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--inference-batches", "--training-batch", "--repeats"])
+def test_nothing_can_be_measured_less_than_once(flag, capsys):
+    assert main(["benchmark", "--model.name", "unet", flag, "0"]) == 2
+    assert f"{flag} must be at least 1, not 0" in capsys.readouterr().err
+
+
 def test_inference_is_weighed_by_the_one_device_that_does_it(monkeypatch):
     monkeypatch.setattr(benchmark, "repeat", lambda *_: [2.0])
     machine = Machine("", 8, "", "", product_flops=100.0, copy_bytes=1e30)
