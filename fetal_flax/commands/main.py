@@ -1,9 +1,12 @@
 """The command line: finds the command, parses its flags, and turns errors into exit codes."""
 
+import difflib
 import functools
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,8 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name = next((name for name in COMMANDS if arguments[: name.count(" ") + 1] == name.split()), "")
     if not name:
-        print(_usage(), file=sys.stderr if arguments not in (["-h"], ["--help"]) else sys.stdout)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
+        if arguments in (["-h"], ["--help"]):
+            print(_usage())
+            return 0
+        print(_usage(), file=sys.stderr)
+        if arguments:
+            print(f"\nfetal-flax: {_no_command(arguments[0])}", file=sys.stderr)
+        return 2
     keep_compilations(DataConfig.cache_dir)
     flags = arguments[name.count(" ") + 1 :]
     try:
@@ -137,5 +145,14 @@ def _show_warning(
 
 def _usage() -> str:
     lines = ["usage: fetal-flax COMMAND [FLAGS]; fetal-flax COMMAND --help tells its flags", ""]
-    lines += [f"  {name:14s} {command.__doc__}" for name, command in COMMANDS.items()]
+    wrap = functools.partial(
+        textwrap.fill, width=shutil.get_terminal_size().columns, subsequent_indent=" " * 17
+    )
+    lines += [wrap(f"  {name:14s} {command.__doc__}") for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "  --version      Print the version."])
+
+
+def _no_command(given: str) -> str:
+    near = difflib.get_close_matches(given, COMMANDS, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"there is no command {printable(given)}{hint}"

@@ -15,6 +15,14 @@ def test_help_lists_every_command(capsys):
     assert all(command in printed for command in COMMANDS)
 
 
+def test_help_fits_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert {line[2:16].strip() for line in lines} >= {*COMMANDS}
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_help(name, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -41,9 +49,18 @@ def test_python_m_is_the_command():
     assert ran.stdout == f"fetal-flax {importlib.metadata.version('fetal_flax')}\n"
 
 
-def test_an_unknown_command_is_bad_input(capsys):
-    assert main(["trian"]) == 2
-    assert "fetal-flax COMMAND" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("trian", "there is no command trian; did you mean train?"),
+        ("data", "there is no command data; did you mean data prepare?"),
+        ("a\nb", "there is no command 'a\\nb'"),
+    ],
+)
+def test_an_unknown_command_is_bad_input(given, said, capsys):
+    assert main([given]) == 2
+    usage, _, last = capsys.readouterr().err.strip().rpartition("\n")
+    assert "fetal-flax COMMAND" in usage and last == f"fetal-flax: {said}"
 
 
 @pytest.mark.parametrize(
