@@ -112,7 +112,9 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> tuple[Rows, list[
                     (name, f"{printable(name)} has more cells than the header in {path.name}")
                 )
             rows[name] = row
-    except (OSError, csv.Error) as error:
+    except OSError as error:
+        raise InputError(f"can't read {path} ({error.strerror}): give a CSV file") from None
+    except csv.Error as error:
         raise InputError(f"can't read {path}: {printable(str(error))}") from None
     return rows, problems
 

@@ -117,3 +117,10 @@ def test_a_pipe_in_place_of_the_csv_is_not_waited_for(tmp_path: Path):
     os.mkfifo(tmp_path / "sizes.csv")
     with pytest.raises(InputError, match="give a regular file"):
         hc18.read_pixel_sizes(tmp_path / "sizes.csv")
+
+
+def test_a_csv_that_is_not_there_is_one_sentence(tmp_path: Path):
+    with pytest.raises(InputError) as refused:
+        hc18.read_pixel_sizes(tmp_path / "a.csv")
+    said = f"can't read {tmp_path / 'a.csv'} (No such file or directory): give a CSV file"
+    assert str(refused.value) == said
