@@ -73,7 +73,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """The MobileNetV2 encoder: its weights, and whether they learn (description, 1 and 8.4)."""
+    """The MobileNetV2 encoder: its weights, whether they learn (the description's 1 and 8.4)."""
 
     weights: str = "imagenet1k_v2"
     """`imagenet1k_v1`, `imagenet1k_v2` (torchvision's files, downloaded once), the path of a
@@ -140,7 +140,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentationConfig:
-    """Random transforms of the training images (description, section 8.3)."""
+    """Random transforms of the training images (section 8.3 of the network's description)."""
 
     enabled: bool = True
     """False trains on the images as they are."""
@@ -183,7 +183,7 @@ class AugmentationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Dice plus binary cross-entropy (description, section 8.1)."""
+    """Dice plus binary cross-entropy (section 8.1 of the network's description)."""
 
     dice_weight: float = 0.8
     """Weight of the Dice loss."""
@@ -203,7 +203,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam with L2 added to the gradient, as `torch.optim.Adam` does it (section 8.2)."""
+    """Adam with L2 added to the gradient, as `torch.optim.Adam` has it (the description's 8.2)."""
 
     learning_rate: float = 3e-4
     """Learning rate of everything but the encoder."""
@@ -222,7 +222,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """How long to train, at which rates, and what validation decides (sections 8.2 and 8.3)."""
+    """How long to train, at which rates, what validation decides (the description's 8.2, 8.3)."""
 
     epochs: int = 100
     """Passes over the training split."""
