@@ -499,7 +499,7 @@ def memory(campaign: Campaign, epochs: int) -> Row:
 
 def table(rows: list[Row]) -> str:
     """Returns the campaign as Markdown."""
-    lines = ["| fault | faults | runs | lost | changed | |", "|---|---|---|---|---|---|"]
+    lines = ["| fault | faults | runs | lost | changed | remarks |", "|---|---|---|---|---|---|"]
     for row in rows:
         notes = "; ".join(note.replace("\n", " ") for note in row.notes)
         lines.append(
