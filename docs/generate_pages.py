@@ -42,7 +42,8 @@ LISTINGS = {
 }
 HELP_COLUMNS = "100"
 """At this width `--help` prints one column of boxes; into a pipe, it draws them in ASCII."""
-_CODE = re.compile(r"<code>([^<]*)</code>")
+_CODE = re.compile(r"<code>((?:[^<]|<wbr>)*)</code>")
+_LONG_NAME = re.compile(r"[\w.]{25,}")
 _LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)\s]*)?\))")
 log = logging.getLogger("mkdocs.hooks")
 
@@ -83,17 +84,19 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Says where code may break: in a name after an underscore, in a flag not after its dashes."""
+    """Says where lines of code may end: never after a flag's dashes, in a long name after a `_`."""
 
-    def breakable(match: re.Match[str]) -> str:
+    def within_names(match: re.Match[str]) -> str:
+        text = _LONG_NAME.sub(lambda name: re.sub(r"(?<=\w)_(?=\w)", "_<wbr>", name[0]), match[1])
+        return f"<code>{text}</code>"
+
+    def with_its_dashes(match: re.Match[str]) -> str:
         text = re.sub(r"--\w+", r'<span class="flag">\g<0></span>', match[1])
-        return f"<code>{text if in_block else re.sub('_(?=[a-z])', '_<wbr>', text)}</code>"
+        return f"<code>{text}</code>"
 
-    parts = re.split(r"(<pre>.*?</pre>)", html, flags=re.DOTALL)
-    for number, part in enumerate(parts):
-        in_block = number % 2 == 1
-        parts[number] = _CODE.sub(breakable, part)
-    return "".join(parts)
+    blocks = re.split(r"(<pre>.*?</pre>)", html, flags=re.DOTALL)
+    blocks[::2] = [_CODE.sub(within_names, between) for between in blocks[::2]]
+    return _CODE.sub(with_its_dashes, "".join(blocks))
 
 
 def _check_reference(markdown: str) -> None:
@@ -153,7 +156,8 @@ def _box(box: str) -> Iterator[str]:
         else:
             about += text.strip("-")
     yield f"**{title.strip()}** {about}\n\n| flag | what |\n|---|---|"
-    for flag, what in rows:
+    for flag, text in rows:
+        what = re.sub(r"(?<![`\w-])--\w[\w.-]*\w", r"`\g<0>`", text)
         # A long list of values breaks where there is a space.
         yield f"| `{re.sub(r',(?! )', ', ', flag)}` | {what} |"
     yield ""
