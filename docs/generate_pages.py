@@ -42,8 +42,8 @@ LISTINGS = {
 }
 HELP_COLUMNS = "100"
 """At this width `--help` prints one column of boxes; into a pipe, it draws them in ASCII."""
-_CODE = re.compile(r"<code>((?:[^<]|<wbr>)*)</code>")
 _LONG_NAME = re.compile(r"[\w.]{25,}")
+_WHOLE = re.compile(r"--\w+|\b\d[\d.]*e-\d+\b|\b\d{4}-\d\d-\d\d\b")
 _LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)\s]*)?\))")
 log = logging.getLogger("mkdocs.hooks")
 
@@ -84,19 +84,20 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Says where lines of code may end: never after a flag's dashes, in a long name after a `_`."""
+    """Says where lines may end: in a long name, but not in a number, a date or after dashes."""
+    parts = re.split(r"(<[^>]+>)", html)  # Every other part is a tag.
+    in_block = False
+    for number, part in enumerate(parts):
+        if number % 2:
+            in_block = part == "<pre>" or (in_block and part != "</pre>")
+            continue
+        text = part if in_block else _LONG_NAME.sub(_breakable, part)
+        parts[number] = _WHOLE.sub(r'<span class="whole">\g<0></span>', text)
+    return "".join(parts)
 
-    def within_names(match: re.Match[str]) -> str:
-        text = _LONG_NAME.sub(lambda name: re.sub(r"(?<=\w)_(?=\w)", "_<wbr>", name[0]), match[1])
-        return f"<code>{text}</code>"
 
-    def with_its_dashes(match: re.Match[str]) -> str:
-        text = re.sub(r"--\w+", r'<span class="flag">\g<0></span>', match[1])
-        return f"<code>{text}</code>"
-
-    blocks = re.split(r"(<pre>.*?</pre>)", html, flags=re.DOTALL)
-    blocks[::2] = [_CODE.sub(within_names, between) for between in blocks[::2]]
-    return _CODE.sub(with_its_dashes, "".join(blocks))
+def _breakable(name: re.Match[str]) -> str:
+    return re.sub(r"(?<=\w)_(?=\w)", "_<wbr>", name[0])
 
 
 def _check_reference(markdown: str) -> None:
