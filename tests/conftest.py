@@ -21,7 +21,7 @@ from jaxtyping import install_import_hook
 
 # Shapes and types that these rooms' annotations give are checked at every call, in tests alone.
 install_import_hook(
-    ["fetal_flax.measurement", "fetal_flax.reporting"],
+    ["fetal_flax.measurement", "fetal_flax.reporting", "fetal_flax.data", "fetal_flax.inference"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 

@@ -197,7 +197,7 @@ class DicomFile:
         if not (has_window or is_signed):
             bits = min(bits - dataset.PixelRepresentation, significant_bits(frame))
         limits = np.array([lowest, lowest + 2**bits - 1])
-        low, high = pixels.apply_modality_lut(limits, dataset)
+        low, high = pixels.apply_modality_lut(limits, dataset).tolist()
         if descriptor is not None and entries is not None:
             low, high = 0, 2 ** descriptor[2] - 1
         elif not has_window:  # Whose values go down where the slope does, too.

@@ -166,7 +166,7 @@ class Segmenter:
 
         return self._map(measure, self.segment(items, image))
 
-    def masks(self, images: Iterable[Image]) -> list[Bool[np.ndarray, "height width"]]:
+    def masks(self, images: Iterable[Image]) -> list[Bool[np.ndarray, "_height _width"]]:
         """Returns each image's mask at its own size: True where the head is.
 
         Args:

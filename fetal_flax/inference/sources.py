@@ -20,7 +20,7 @@ from fetal_flax.data.images import SUFFIXES as IMAGE_SUFFIXES
 from fetal_flax.data.images import check_is_file, read_gray
 from fetal_flax.errors import InputError, file_name, printable
 
-Image = UInt8[np.ndarray, "height width"]
+Image = UInt8[np.ndarray, "_height _width"]
 
 SUFFIXES = (*IMAGE_SUFFIXES, *dicom.SUFFIXES)
 """Endings of the files that are taken as images, in lower case; DICOM files need none."""

@@ -79,7 +79,7 @@ def test_batches_have_the_promised_shapes(dataset, config):
 def test_unaugmented_batches_hold_the_resized_records(dataset, config):
     for batch in _train(dataset, config, STILL):
         for image, mask, index in zip(batch.image, batch.mask, batch.index, strict=True):
-            record = dataset.record(index)
+            record = dataset.record(int(index))
             np.testing.assert_array_equal(image[..., 0], resize_image(record.image, SIZE))
             np.testing.assert_array_equal(mask[..., 0] * 255, resize_mask(record.mask, SIZE))
 

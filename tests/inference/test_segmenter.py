@@ -309,7 +309,7 @@ def test_measure_all_takes_files_and_images_and_sizes_for_all_or_each(calls, tmp
         ([[0]], "list"),
     ],
 )
-def test_what_is_no_grey_image_is_named(calls, image, named):
+def test_what_is_no_grey_image_is_named(calls, shapes_unchecked, image, named):
     with pytest.raises(InputError, match=named):
         Segmenter(checkpoint(NO_VARIABLES, (32, 32))).measure(image)
 
