@@ -42,7 +42,7 @@ LISTINGS = {
 }
 HELP_COLUMNS = "100"
 """At this width `--help` prints one column of boxes; into a pipe, it draws them in ASCII."""
-_LONG_NAME = re.compile(r"[\w.]{25,}")
+_LONG_NAME = re.compile(r"[\w./]{25,}")
 _WHOLE = re.compile(r"--\w+|\b\d[\d.]*e-\d+\b|\b\d{4}-\d\d-\d\d\b")
 _LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)\s]*)?\))")
 log = logging.getLogger("mkdocs.hooks")
@@ -97,7 +97,8 @@ def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files
 
 
 def _breakable(name: re.Match[str]) -> str:
-    return re.sub(r"(?<=\w)_(?=\w)", "_<wbr>", name[0])
+    after = "/" if "/" in name[0] else "_"
+    return re.sub(rf"(?<=\w){after}(?=\w)", rf"{after}<wbr>", name[0])
 
 
 def _check_reference(markdown: str) -> None:

@@ -8,7 +8,7 @@ from fetal_flax.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Measure inference and training on this machine, and how near they are to its limits."""
+    """Measure inference and training on this machine, and compare with its limits."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     checkpoint: Path | None = None

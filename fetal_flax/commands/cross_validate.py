@@ -8,7 +8,7 @@ from fetal_flax.commands.run_settings import RunSettings
 
 @dataclasses.dataclass(frozen=True)
 class CrossValidate(RunSettings):
-    """Train every fold and report on all images, each held out once; goes on where it stopped."""
+    """Train every fold and report on all images; goes on where it stopped."""
 
     workdir: Path | None = None
     """Where everything goes; runs/NAME-folds by default."""

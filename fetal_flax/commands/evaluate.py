@@ -9,7 +9,7 @@ from fetal_flax.config import TestTimeAugmentation
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Measure a network on annotated images: report.html, metrics.json, per_image.csv, masks."""
+    """Measure a network on annotated images: a report, metrics, a table and masks."""
 
     checkpoint: Path
     """Training workdir (its best checkpoint), converted directory, or a shipped network's name."""

@@ -14,7 +14,7 @@ from fetal_flax.parity.settings import ParitySettings
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """Measure how well the Flax network agrees with PyTorch's; needs the extra `parity`."""
+    """Measure how well a network agrees with PyTorch's; needs the extra `parity`."""
 
     settings: Annotated[ParitySettings, tyro.conf.arg(name="")]
     reference: Path

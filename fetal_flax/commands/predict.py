@@ -16,7 +16,7 @@ MAX_FLAGGED_SHOWN = 10
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Segment an image or a folder of images: masks, overlays and measurements of the head."""
+    """Segment an image or a folder of images: masks, overlays, the head's measures."""
 
     input: Path
     """Image (PNG, JPEG, BMP, TIFF, WebP, GIF, DICOM), or folder of images."""

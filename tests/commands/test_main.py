@@ -31,6 +31,7 @@ def test_every_command_has_a_help(name, capsys):
     assert ended.value.code == 0
     assert printed.startswith(f"usage: fetal-flax {name} ")
     assert " ".join(COMMANDS[name].__doc__.split()[:4]) in printed
+    assert len(COMMANDS[name].__doc__) <= 80  # It isn't wrapped.
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["train", "--help"], ["--version"]])
