@@ -123,8 +123,14 @@ def read_config(workdir: Path) -> TrainConfig:
     try:
         values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
         return from_dict(TrainConfig, values)
+    except FileNotFoundError:
+        raise InputError(
+            f"{workdir} holds no run to resume: give its --workdir, or leave --resume out"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{workdir} holds no run to resume ({error})") from None
+        raise InputError(
+            f"{workdir} holds no run to resume: its config.json can't be read ({error})"
+        ) from None
 
 
 def check_same_split(setup: Setup, workdir: Path) -> None:

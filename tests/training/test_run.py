@@ -319,3 +319,8 @@ def test_a_config_of_another_shape_is_refused(content, tmp_path):
     with pytest.raises(InputError, match=r"holds no run to resume|config (must|has no)") as error:
         read_config(tmp_path)
     assert str(error.value).isprintable()
+
+
+def test_a_folder_without_a_run_is_named_with_the_way_out(tmp_path):
+    with pytest.raises(InputError, match="give its --workdir, or leave --resume out"):
+        read_config(tmp_path)

@@ -32,8 +32,8 @@ def download(cache_dir: Path) -> Path:
             fetch(_URL.format(name), folder / name, sha256=sha256, size=size)
     except InputError as error:
         raise InputError(
-            f"{error}; or unpack HC18 (https://zenodo.org/records/1327317) anywhere, run"
-            " `fetal-flax data prepare --source DIR` and train with `--data.data-dir DIR`"
+            f"{error}; or unpack HC18 (https://zenodo.org/records/1327317) anywhere and name that "
+            "folder (train: --data.data-dir, evaluate: --data-dir, data prepare: --source)"
         ) from None
     if not (folder / IMAGES).is_dir():
         _unpack(folder / f"{IMAGES}.zip", folder)
