@@ -41,5 +41,7 @@ def test_downloads_and_unpacks_once(tiny_hc18: Path, tmp_path: Path, monkeypatch
 
 def test_failed_download_says_how_to_do_without(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(zenodo, "_URL", "http://127.0.0.1:9/{}")
-    with pytest.raises(InputError, match=r"name that folder .train: --data\.data-dir, evaluate: --data-dir"):
+    with pytest.raises(
+        InputError, match=r"name that folder .train: --data\.data-dir, evaluate: --data-dir"
+    ):
         hc18.download(tmp_path)
