@@ -16,6 +16,9 @@ os.environ["XLA_FLAGS"] = (
 )
 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Beside XLA's threads on few cores, torch's wait for each other many times as long as they work.
+# Told by the environment, since pytest-xdist's controller would wait for torch to be imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jaxtyping
 from jaxtyping import install_import_hook
@@ -31,7 +34,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from jax._src import compiler
 
 from fetal_flax._util.backend import programs_for
@@ -48,8 +50,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # run find what one of them compiled, however small; `pytest --cache-clear` empties the folder.
 keep_compilations(str(ROOT / ".pytest_cache" / "d"))
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR"))
-# Beside XLA's threads on few cores, torch's wait for each other many times as long as they work.
-torch.set_num_threads(1)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
