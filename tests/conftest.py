@@ -164,6 +164,14 @@ def quick_compilation() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def compiled_alike() -> dict[str, str]:
+    """The environment of a child that compiles as a module with `quick_compilation` does."""
+    options = [f"--{name}={str(value).lower()}" for name, value in _QUICK_OPTIONS.items()]
+    flags = " ".join([os.environ["XLA_FLAGS"], *options])
+    return {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": flags}
+
+
+@pytest.fixture(scope="session")
 def make_batch() -> Callable[..., Batch]:
     """Makes a batch of noise with a bright rectangle in each image, and the rectangles."""
 
