@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ os.environ["XLA_FLAGS"] = (
 )
 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Beside XLA's threads on few cores, torch's wait for each other many times as long as they work.
+# Told by the environment, since pytest-xdist's controller would wait for torch to be imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jaxtyping
 from jaxtyping import install_import_hook
@@ -30,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from jax._src import compiler
 
 from fetal_flax._util.backend import programs_for
 from fetal_flax._util.compilation_cache import keep_compilations
@@ -46,10 +50,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # run find what one of them compiled, however small; `pytest --cache-clear` empties the folder.
 keep_compilations(str(ROOT / ".pytest_cache" / "d"))
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR"))
-# Beside XLA's threads on few cores, torch's wait for each other many times as long as they work.
-torch.set_num_threads(1)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Without optimizations, these two take XLA three quarters of its time.
+_QUICK_OPTIONS = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 
 # name, (height, width), center, semi-axes, angle in degrees; 002 leaves its image at the top.
 _TINY_HEADS = (
@@ -61,6 +69,28 @@ _TINY_HEADS = (
     ("003_HC", (110, 158), (85, 60), (36, 28), 35),
 )
 _TINY_PIXEL_SIZE_MM = 0.691358041432  # No float32 has this value.
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Python looks for garbage less often, and never in what the tests import, which stays."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.set_threshold(20_000)
+        gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers keep to tests that follow each other: most fixtures of a module are made once."""
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -104,10 +134,19 @@ def shapes_unchecked(monkeypatch) -> None:
 @contextlib.contextmanager
 def _compiled_quickly() -> Iterator[None]:
     before = jax.config.read("jax_disable_most_optimizations")
+    compile_options = compiler.get_compile_options
+
+    def quick_options(*arguments: Any, env_options_overrides: Any = None, **keywords: Any) -> Any:
+        overrides = _QUICK_OPTIONS | dict(env_options_overrides or {})
+        return compile_options(*arguments, env_options_overrides=overrides, **keywords)
+
     jax.config.update("jax_disable_most_optimizations", True)
+    # `jit` takes compiler options for one function; no setting of JAX's gives them to all.
+    compiler.get_compile_options = quick_options
     try:
         yield
     finally:
+        compiler.get_compile_options = compile_options
         jax.config.update("jax_disable_most_optimizations", before)
 
 
@@ -122,6 +161,14 @@ def quick_compilation() -> Iterator[None]:
     """XLA without most optimizations; off again after the module, since others must round alike."""
     with _compiled_quickly():
         yield
+
+
+@pytest.fixture(scope="session")
+def compiled_alike() -> dict[str, str]:
+    """The environment of a child that compiles as a module with `quick_compilation` does."""
+    options = [f"--{name}={str(value).lower()}" for name, value in _QUICK_OPTIONS.items()]
+    flags = " ".join([os.environ["XLA_FLAGS"], *options])
+    return {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": flags}
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,20 @@
+import functools
 import io
 
 import pytest
 from rich.console import Console
 
+from fetal_flax import summary
 from fetal_flax.errors import InputError
+from fetal_flax.models.complexity import summarize
 from fetal_flax.summary import render, summaries
+
+summarize_once = functools.cache(summarize)
+
+
+@pytest.fixture(autouse=True)
+def networks_are_traced_once(monkeypatch) -> None:
+    monkeypatch.setattr(summary, "summarize", summarize_once)
 
 
 def printed(name: str | None = None, width: int = 80) -> str:

@@ -201,7 +201,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, devices):
             expected = _bytes(jax.tree.map(jnp.copy, state))  # Reading would pin the memory.
         params, moments = state
         saved.save(epoch, Variables(params, {}), moments, DESCRIPTION, 0.5)
-        for _ in range(20):
+        for _ in range(3):
             state = step(state)
         # On a single CPU device, Orbax holds on to the memory and JAX donates none of it.
         deleted = [leaf.is_deleted() for leaf in jax.tree.leaves((params, moments))]

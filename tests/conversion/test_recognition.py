@@ -62,7 +62,14 @@ def make_case(model: ModelConfig, folder: Path) -> Case:
     )
 
 
-@pytest.fixture(scope="module", params=MODELS)
+# The published network is the largest, and the command below converts it among the fast tests.
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow) if name == "published" else name
+        for name in MODELS
+    ],
+)
 def case(request, tmp_path_factory) -> Iterator[Case]:
     folder = tmp_path_factory.mktemp(request.param)
     yield make_case(MODELS[request.param], folder)

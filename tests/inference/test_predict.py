@@ -627,7 +627,7 @@ def test_a_full_disk_leaves_whole_rows_and_says_how_many(
     assert (output / "measurements.csv").read_bytes().endswith(b"\n")
 
 
-def test_a_killed_process_leaves_whole_rows(checkpoint, tmp_path):
+def test_a_killed_process_leaves_whole_rows(checkpoint, compiled_alike, tmp_path):
     source, output = write_images(tmp_path / "in", *(f"{i}.png" for i in range(8))), tmp_path / "o"
     code = f"""
 import os, signal
@@ -645,7 +645,6 @@ def kill(self, content):
 files.GrowingFile.add = kill
 predict(Path({str(checkpoint)!r}), Path({str(source)!r}), Path({str(output)!r}), save_json=True)
 """
-    compiled_alike = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     ran = subprocess.run([sys.executable, "-c", code], env=compiled_alike, capture_output=True)
     assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
     assert list(measurements(output)) == ["0", "1", "2"]

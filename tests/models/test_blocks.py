@@ -36,10 +36,6 @@ SE_BLOCK = Place("mobilenet_aspp_se_unet", "stage5/block", "dec5")
 SEPARABLE_BLOCK = Place("mobilenet_aspp_se_unet", "stage1/block", "dec1")
 BOTTLENECK = Place("mobilenet_aspp_se_unet", "aspp", "bottleneck_aspp")
 DOUBLE_CONV = Place("unet", "down1", "inc.double_conv")
-QUICK_COMPILATION = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +87,7 @@ def run(ours: nnx.Module, state: nnx.State, x: np.ndarray, **options) -> tuple:
         block = nnx.merge(nnx.graphdef(ours), state)
         return block(x, **options), nnx.state(block)
 
-    return jax.jit(forward, compiler_options=QUICK_COMPILATION)(state, jnp.asarray(x))
+    return jax.jit(forward)(state, jnp.asarray(x))
 
 
 def random_map(*shape: int) -> np.ndarray:

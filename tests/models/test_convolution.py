@@ -23,11 +23,6 @@ from fetal_flax.models.convolution import (
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-QUICK_COMPILATION = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
-
 
 @pytest.fixture(autouse=True)
 def float64() -> Iterator[None]:
@@ -49,7 +44,7 @@ def _assert_same(form: Callable, plain: Callable, x: jax.Array, kernel: jax.Arra
     def both(x: jax.Array, kernel: jax.Array) -> list[list[jax.Array]]:
         return [_outputs(form, x, kernel), _outputs(plain, x, kernel)]
 
-    results, references = jax.jit(both, compiler_options=QUICK_COMPILATION)(x, kernel)
+    results, references = jax.jit(both)(x, kernel)
     for result, reference in zip(results, references, strict=True):
         assert result.shape == reference.shape
         assert np.linalg.norm(result - reference) <= 1e-12 * np.linalg.norm(reference)

@@ -12,10 +12,7 @@ from fetal_flax.config import ModelConfig
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
-QUICK_COMPILATION = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL_UNET = ModelConfig(name="unet", base_width=4)
 DESCRIBED = ModelConfig(aspp_width=32)
 LARGE = (
@@ -55,17 +52,17 @@ def _images(config: ModelConfig, dtype) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).uniform(size=shape), dtype)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILATION)
+@functools.partial(jax.jit, static_argnums=0)
 def _unfolded(config: ModelConfig, variables: Variables, images: jax.Array) -> jax.Array:
     return functional.merge(config, variables)(images)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILATION)
+@functools.partial(jax.jit, static_argnums=0)
 def _folded(config: ModelConfig, variables: Variables, images: jax.Array) -> jax.Array:
     return functional.infer(config, functional.fold(config, variables), images)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILATION)
+@functools.partial(jax.jit, static_argnums=0)
 def _applied(config: ModelConfig, variables: Variables, images: jax.Array) -> jax.Array:
     return functional.apply(config, variables, images)
 
@@ -152,9 +149,7 @@ def test_training_beside_a_folded_encoder_is_the_same(config):
                 logits, stats = form(Variables(learning | frozen, variables.batch_stats))
                 return (logits**2).mean(), stats
 
-            return jax.jit(
-                jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK_COMPILATION
-            )(learning)
+            return jax.jit(jax.value_and_grad(loss, has_aux=True))(learning)
 
         ((ours, our_stats), our_grads), ((theirs, stats), grads) = results(folded), results(plain)
         assert float(ours) == pytest.approx(float(theirs), rel=1e-12)

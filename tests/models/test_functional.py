@@ -11,10 +11,7 @@ from fetal_flax.config import ModelConfig
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
-QUICK_COMPILATION = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 DESCRIBED = ModelConfig()
 SMALL_UNET = ModelConfig(name="unet", base_width=4)
 
@@ -35,7 +32,7 @@ def _compiled(config: ModelConfig, train: bool = False, train_encoder: bool = Fa
             config, variables, images, dropout_key=key, train_encoder=train_encoder
         )
 
-    run = jax.jit(forward, compiler_options=QUICK_COMPILATION)
+    run = jax.jit(forward)
     variables = _initialised(dataclasses.replace(config, dtype="float32"))
     return lambda images, key=0: run(variables, images, jax.random.key(key))
 
@@ -98,7 +95,7 @@ def test_evaluation_needs_no_key_nor_an_encoder_beside_its_features(config):
         halves = functional.apply(config, variables, images, features=features)
         return functional.apply(config, variables, images), halves, *features
 
-    run = jax.jit(whole_and_by_features, compiler_options=QUICK_COMPILATION)
+    run = jax.jit(whole_and_by_features)
     whole, halves, *features = run(_initialised(config), _images(2, 64, 64, 1))
     assert [array.shape[-1] for array in features] == [16, 24, 32, 96, 1280]
     assert np.isfinite(whole).all() and np.ptp(np.asarray(whole)) > 0
