@@ -40,8 +40,8 @@ def replacing(path: str | Path) -> Generator[Path, None, None]:
         raise InputError(f"can't write {path}, which is a folder or device: name a file")
     # In the same folder, since a move between file systems is a copy; the process id keeps two runs
     # apart, and a digest is shorter than any name that the system takes.
-    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    temporary = path.with_name(_TEMPORARY.format(digest=digest, process=os.getpid()))
+    name = _TEMPORARY.format(digest=_digest(path.name), process=os.getpid())
+    temporary = path.with_name(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -54,17 +54,26 @@ def replacing(path: str | Path) -> Generator[Path, None, None]:
         raise _not_written(path, error) from error
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Removes what killed processes have left of files that `replacing` was writing there.
+def remove_temporaries(folder: Path, *names: str) -> None:
+    """Removes what killed processes have left of files that `replacing` was writing.
+
+    Args:
+        folder: Where the files were to be; it may be missing.
+        names: The files, where others write to the folder too; without any, all in it.
 
     Raises:
-        InputError: One of them can't be removed.
+        InputError: Something can't be removed.
     """
-    for path in folder.glob(_TEMPORARY.format(digest="[0-9a-f]" * 16, process="[0-9]*")):
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise _not_written(path, error) from error
+    try:
+        for digest in map(_digest, names) if names else ["[0-9a-f]" * 16]:
+            for path in folder.glob(_TEMPORARY.format(digest=digest, process="[0-9]*")):
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise _not_written(folder, error) from error
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
 
 
 class GrowingFile:

@@ -114,9 +114,10 @@ def predict(
     signs of a bad measurement; empty where no head was found. A row is written as soon as its image
     is done, so whatever ends the call, the table is whole; a table that was there before is gone
     when the first image is read, unless the call resumes. `settings.json` tells what the table was
-    measured with. Other files of these names are overwritten, the rest is left alone. A file that
-    can't be read, or has the NAME of one before it, is left out and reported; the others are still
-    processed. The first SIGINT or SIGTERM ends it.
+    measured with. Other files of these names are overwritten, what a killed call was writing is
+    removed, and the rest is left alone. A file that can't be read, or has the NAME of one before
+    it, is left out and reported; the others are still processed. The first SIGINT or SIGTERM ends
+    it.
 
     Args:
         checkpoint: Training workdir, converted directory, or a shipped network's name.
@@ -155,7 +156,8 @@ def predict(
         "json": save_json,
     }
     rows, objects = _finished(output, settings) if resume else ([], [])
-    for folder in ("", *_RESULTS):
+    remove_temporaries(output, TABLE, JSON_TABLE, SETTINGS)
+    for folder in _RESULTS:
         remove_temporaries(output / folder)
     before = {row["name"]: row for row in rows}
     names = [*before]

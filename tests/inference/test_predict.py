@@ -22,6 +22,7 @@ import pytest
 
 from fetal_flax import checkpoints
 from fetal_flax._util import pipeline
+from fetal_flax._util.files import replacing
 from fetal_flax.checkpoints import Checkpoint, Description, shipped
 from fetal_flax.commands.main import main
 from fetal_flax.config import ModelConfig
@@ -657,6 +658,21 @@ predict(Path({str(checkpoint)!r}), Path({str(source)!r}), Path({str(output)!r}),
     assert report.resumed == 3
     predict(checkpoint, source, tmp_path / "undisturbed", save_json=True)
     assert_same_files(output, tmp_path / "undisturbed")
+
+
+def test_what_others_are_writing_beside_the_table_stays(checkpoint, tmp_path):
+    source, output = write_images(tmp_path / "in", "a.png"), tmp_path / "out"
+    output.mkdir()
+    with replacing(output / "network.onnx") as temporary:
+        temporary.write_bytes(b"whole")
+        predict(checkpoint, source, output)
+    assert (output / "network.onnx").read_bytes() == b"whole"
+
+
+def test_a_folder_whose_name_is_too_long_is_one_sentence(checkpoint, tmp_path):
+    source = write_images(tmp_path / "in", "a.png")
+    with pytest.raises(InputError, match=r"\(File name too long\): choose an output folder"):
+        predict(checkpoint, source, tmp_path / ("x" * 300))
 
 
 def assert_same_files(one: Path, other: Path) -> None:

@@ -75,3 +75,12 @@ def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path)
     remove_temporaries(tmp_path / "none")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"a.png", "a.tmp", ".a.1.tmp", temporary.name + "x"}
+
+
+def test_only_the_named_files_are_cleared_where_others_write_too(tmp_path):
+    with replacing(tmp_path / "a.png") as ours, replacing(tmp_path / "b.png") as others:
+        ours.touch()
+        others.touch()
+        remove_temporaries(tmp_path, "a.png", "none.png")
+        assert [path.name for path in tmp_path.iterdir()] == [others.name]
+        ours.touch()
