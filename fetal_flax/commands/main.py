@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name = next((name for name in COMMANDS if arguments[: name.count(" ") + 1] == name.split()), "")
     if not name:
-        if arguments in (["-h"], ["--help"]):
+        if arguments[:1] in (["-h"], ["--help"]):
             print(_usage())
             return 0
         print(_usage(), file=sys.stderr)
@@ -153,6 +153,10 @@ def _usage() -> str:
 
 
 def _no_command(given: str) -> str:
-    near = difflib.get_close_matches(given, COMMANDS, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"there is no command {printable(given)}{hint}"
+    if given.startswith("-"):
+        return f"the command comes first, then flags like {printable(given)}"
+    # `data` is near `data prepare`.
+    words = {word: name for name in COMMANDS for word in (name, name.split()[0])}
+    near = difflib.get_close_matches(given.lower(), words, n=1)
+    hint = f"; did you mean {words[near[0]]}?" if near else ""
+    return f"there is no command {printable(given) or repr(given)}{hint}"

@@ -15,6 +15,11 @@ def test_help_lists_every_command(capsys):
     assert all(command in printed for command in COMMANDS)
 
 
+def test_help_before_a_command_is_the_list_of_commands(capsys):
+    assert main(["--help", "train"]) == 0
+    assert capsys.readouterr().out.startswith("usage: fetal-flax COMMAND")
+
+
 def test_help_fits_the_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["--help"]) == 0
@@ -55,7 +60,11 @@ def test_python_m_is_the_command():
     [
         ("trian", "there is no command trian; did you mean train?"),
         ("data", "there is no command data; did you mean data prepare?"),
+        ("Evaluate", "there is no command Evaluate; did you mean evaluate?"),
+        ("version", "there is no command version"),
+        ("", "there is no command ''"),
         ("a\nb", "there is no command 'a\\nb'"),
+        ("--checkpoint", "the command comes first, then flags like --checkpoint"),
     ],
 )
 def test_an_unknown_command_is_bad_input(given, said, capsys):
