@@ -123,13 +123,14 @@ def read_config(workdir: Path) -> TrainConfig:
     try:
         values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
         return from_dict(TrainConfig, values)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(
-            f"{workdir} holds no run to resume: give its --workdir, or leave --resume out"
+            f"{workdir} holds no run to resume: give the run's --workdir, or leave --resume out"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{workdir} holds no run to resume: its config.json can't be read ({error})"
+            f"{workdir} can't be resumed, since its config.json can't be read ({error}): restore "
+            "that file, or train anew in another --workdir"
         ) from None
 
 

@@ -316,11 +316,13 @@ def test_a_batch_that_devices_cannot_share_is_refused(small_config, tmp_path):
 )
 def test_a_config_of_another_shape_is_refused(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"holds no run to resume|config (must|has no)") as error:
+    with pytest.raises(InputError, match=r"restore that file|config (must|has no)") as error:
         read_config(tmp_path)
     assert str(error.value).isprintable()
 
 
 def test_a_folder_without_a_run_is_named_with_the_way_out(tmp_path):
-    with pytest.raises(InputError, match="give its --workdir, or leave --resume out"):
-        read_config(tmp_path)
+    (tmp_path / "file").touch()
+    for workdir in (tmp_path, tmp_path / "none", tmp_path / "file"):
+        with pytest.raises(InputError, match="give the run's --workdir, or leave --resume out"):
+            read_config(workdir)
