@@ -32,7 +32,8 @@ def test_command_lines_can_be_parsed(page, tmp_path, monkeypatch):
     own = tmp_path / "heads.py"  # As docs/own-data.md tells to write it.
     own.write_text("from fetal_flax.config import TrainConfig as config\n")
     for line in command_lines(page):
-        arguments = shlex.split(line.replace("…", "").replace("heads.py", str(own)), comments=True)
+        arguments = shlex.split(line.replace("…", ""), comments=True)
+        arguments = [str(own) if word == own.name else word for word in arguments]
         name = next(n for n in COMMANDS if arguments[: n.count(" ") + 1] == n.split())
         try:
             parse(name, arguments[name.count(" ") + 1 :])
