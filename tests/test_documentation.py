@@ -1,4 +1,4 @@
-"""README and docs/: every command line in them is one that the command line takes."""
+"""README and docs/: what they quote of the command line and of the tests is there."""
 
 import re
 import shlex
@@ -39,3 +39,15 @@ def test_command_lines_can_be_parsed(page, tmp_path, monkeypatch):
             parse(name, arguments[name.count(" ") + 1 :])
         except SystemExit:
             pytest.fail(f"{page.name}: fetal-flax {line}")
+
+
+def test_the_tests_that_inputs_names_are_there():
+    rows = re.findall(r"^\|.*\|(.*)\|$", (ROOT / "docs" / "inputs.md").read_text("utf-8"), re.M)
+    named = [
+        (ROOT / "tests" / file, test)
+        for row in rows
+        for file, tests in re.findall(r"`([\w/]+\.py)`((?:[:,] `test_\w+`)*)", row)
+        for test in re.findall(r"\w+", tests)
+    ]
+    assert len(named) > 30
+    assert [test for file, test in named if f"def {test}(" not in file.read_text("utf-8")] == []
