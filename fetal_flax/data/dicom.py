@@ -191,6 +191,7 @@ class DicomFile:
         # A table or a window says what is shown, else the values themselves do.
         table = next(iter(dataset.get("VOILUTSequence") or ()), {})
         descriptor, entries = table.get("LUTDescriptor"), table.get("LUTData")
+        modality = next(iter(dataset.get("ModalityLUTSequence") or ()), None)
         has_window = None not in (dataset.get("WindowCenter"), dataset.get("WindowWidth"))
         is_signed = dataset.PixelRepresentation and (has_window or frame.min() < 0)
         lowest = -(2 ** (bits - 1)) if is_signed else 0
@@ -200,6 +201,8 @@ class DicomFile:
         low, high = pixels.apply_modality_lut(limits, dataset).tolist()
         if descriptor is not None and entries is not None:
             low, high = 0, 2 ** descriptor[2] - 1
+        elif has_window and modality:  # Windows spread over all bits of the table below them.
+            low, high = 0, 2 ** modality.LUTDescriptor[2] - 1
         elif not has_window:  # Whose values go down where the slope does, too.
             low, high = sorted((low, high))
         shown = pixels.apply_voi_lut(pixels.apply_modality_lut(frame, dataset), dataset)

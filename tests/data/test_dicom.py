@@ -253,6 +253,24 @@ def test_a_table_is_shown_by_its_own_bits(tmp_path, bits):
     np.testing.assert_allclose(only_frame(path), GRAY, atol=1)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("is_rising", [True, False])
+def test_a_window_over_a_table_is_shown_by_the_table_s_bits(tmp_path, bits, is_rising):
+    highest = 2**bits - 1
+    shown = np.linspace(0, highest, 256).round().astype(np.uint16)
+    table = Dataset()
+    table.add_new("LUTDescriptor", "US", [256, 0, bits])
+    table.add_new("LUTData", "OW", (shown if is_rising else shown[::-1]).tobytes())
+    path = write(
+        tmp_path / "a.dcm",
+        GRAY if is_rising else 255 - GRAY,
+        ModalityLUTSequence=[table],
+        WindowCenter=2 ** (bits - 1),
+        WindowWidth=2**bits,
+    )
+    np.testing.assert_allclose(only_frame(path), GRAY, atol=1)
+
+
 @pytest.mark.filterwarnings("ignore:Invalid value for VR DS")  # It is written all the same.
 @pytest.mark.parametrize(
     "attributes",
