@@ -42,6 +42,7 @@ from fetal_flax.checkpoints import Checkpoint, Description
 from fetal_flax.config import DataConfig, EncoderConfig, ModelConfig, ScheduleConfig, TrainConfig
 from fetal_flax.data import hc18
 from fetal_flax.data.batch import Batch
+from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables, init
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,9 +144,11 @@ def _compiled_quickly() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     # `jit` takes compiler options for one function; no setting of JAX's gives them to all.
     compiler.get_compile_options = quick_options
+    functional.fold.clear_cache()  # It would stay as compiled in another module.
     try:
         yield
     finally:
+        functional.fold.clear_cache()
         compiler.get_compile_options = compile_options
         jax.config.update("jax_disable_most_optimizations", before)
 
