@@ -93,7 +93,6 @@ def run(row: Row, folder: Path, *arguments: str) -> subprocess.CompletedProcess[
     if "setpriv" in row.before and not others_can_read_this():
         pytest.skip("Python or the checkout is in a folder that is closed to other users")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "FOLDER": str(folder)}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # Compiled in half the time.
     del environment["JAX_COMPILATION_CACHE_DIR"]  # Commands look for a place of their own.
     for name, value in row.settings.items():
         environment.pop(name, None)
