@@ -117,8 +117,12 @@ def benchmark(
         InputError: The network doesn't take images of this size, a count is less than 1, or the
             devices can't be used.
     """
-    counts = {"inference-batches": inference_batches, "training-batch": [training_batch]}
-    for flag, given in {**counts, "repeats": [repeats]}.items():
+    counts = {
+        "inference-batches": inference_batches,
+        "training-batch": [training_batch],
+        "repeats": [repeats],
+    }
+    for flag, given in counts.items():
         if min(given, default=1) < 1:
             raise InputError(f"--{flag} must be at least 1, not {min(given)}")
     check_devices(model)
