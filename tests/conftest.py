@@ -136,6 +136,7 @@ def shapes_unchecked(monkeypatch) -> None:
 def _compiled_quickly() -> Iterator[None]:
     before = jax.config.read("jax_disable_most_optimizations")
     compile_options = compiler.get_compile_options
+    fold: Any = functional.fold  # JAX's types lack `clear_cache`.
 
     def quick_options(*arguments: Any, env_options_overrides: Any = None, **keywords: Any) -> Any:
         overrides = _QUICK_OPTIONS | dict(env_options_overrides or {})
@@ -144,11 +145,11 @@ def _compiled_quickly() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     # `jit` takes compiler options for one function; no setting of JAX's gives them to all.
     compiler.get_compile_options = quick_options
-    functional.fold.clear_cache()  # It would stay as compiled in another module.
+    fold.clear_cache()  # It would stay as compiled in another module.
     try:
         yield
     finally:
-        functional.fold.clear_cache()
+        fold.clear_cache()
         compiler.get_compile_options = compile_options
         jax.config.update("jax_disable_most_optimizations", before)
 
