@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import gc
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,10 +39,13 @@ from jax._src import compiler
 
 from fetal_flax._util.backend import programs_for
 from fetal_flax._util.compilation_cache import keep_compilations
-from fetal_flax.checkpoints import Checkpoint, Description
+from fetal_flax.checkpoints import Checkpoint, Description, shipped
 from fetal_flax.config import DataConfig, EncoderConfig, ModelConfig, ScheduleConfig, TrainConfig
 from fetal_flax.data import hc18
 from fetal_flax.data.batch import Batch
+from fetal_flax.data.phantoms import phantom
+from fetal_flax.data.phantoms.canvas import Canvas
+from fetal_flax.inference import segmenter
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables, init
 
@@ -69,6 +73,7 @@ _TINY_HEADS = (
     ("003_2HC", (110, 158), (90, 60), (35, 28), 40),
     ("003_HC", (110, 158), (85, 60), (36, 28), 35),
 )
+_PHANTOMS_CHECKED = 20
 _TINY_PIXEL_SIZE_MM = 0.691358041432  # No float32 has this value.
 
 
@@ -126,6 +131,22 @@ def hc18_sample(shared_dir, tmp_path_factory) -> tuple[hc18.HC18Record, ...]:
     return hc18.find_records(folder)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shapes_of_few_phantoms_checked() -> Iterator[None]:
+    """A phantom is painted by a thousand small calls: to check them all takes longer than they."""
+    paint, painted = phantom.paint_anatomy, itertools.count()
+
+    def paint_anatomy(*arguments: Any) -> Canvas:
+        with pytest.MonkeyPatch.context() as patched:
+            if next(painted) >= _PHANTOMS_CHECKED:
+                patched.setattr(jaxtyping.config, "jaxtyping_disable", True)
+            return paint(*arguments)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(phantom, "paint_anatomy", paint_anatomy)
+        yield
+
+
 @pytest.fixture
 def shapes_unchecked(monkeypatch) -> None:
     """For a test that gives what an annotation rules out, to see how it is answered."""
@@ -138,6 +159,11 @@ def _compiled_quickly() -> Iterator[None]:
     compile_options = compiler.get_compile_options
     fold: Any = functional.fold  # JAX's types lack `clear_cache`.
 
+    def forget_programs() -> None:
+        """They would stay as compiled in another module."""
+        fold.clear_cache()
+        segmenter._shared_program.cache_clear()
+
     def quick_options(*arguments: Any, env_options_overrides: Any = None, **keywords: Any) -> Any:
         overrides = _QUICK_OPTIONS | dict(env_options_overrides or {})
         return compile_options(*arguments, env_options_overrides=overrides, **keywords)
@@ -145,11 +171,11 @@ def _compiled_quickly() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     # `jit` takes compiler options for one function; no setting of JAX's gives them to all.
     compiler.get_compile_options = quick_options
-    fold.clear_cache()  # It would stay as compiled in another module.
+    forget_programs()
     try:
         yield
     finally:
-        fold.clear_cache()
+        forget_programs()
         compiler.get_compile_options = compile_options
         jax.config.update("jax_disable_most_optimizations", before)
 
@@ -205,6 +231,17 @@ def threshold_network() -> Checkpoint:
     biases["head/bias"] = jnp.full(1, -20.0)
     variables = Variables(variables.params | kernels | biases, variables.batch_stats)
     return Checkpoint(variables, Description("network", config, (64, 96)))
+
+
+@pytest.fixture(scope="session")
+def save_network() -> Callable[[Path, Checkpoint], None]:
+    """Saves a network as shipped ones are, rounded to float16: loaded in a tenth of the time."""
+
+    def save(folder: Path, checkpoint: Checkpoint) -> None:
+        arrays = shipped.to_float16(checkpoint.variables)
+        shipped.save(folder, shipped.contents(arrays, checkpoint.metadata, {}))
+
+    return save
 
 
 @pytest.fixture

@@ -55,15 +55,16 @@ def test_a_training_loop_of_ones_own_leaves_a_network_that_measures(tmp_path, mo
     assert "a phantom whose head circumference is" in printed and "look at:" in printed
 
 
-def test_a_scan_is_measured_with_a_shipped_network_or_none_is_named(tmp_path, monkeypatch, capsys):
+def test_a_scan_is_measured_with_a_shipped_network_or_none_is_named(
+    save_network, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     with pytest.raises(SystemExit):
         run("measure_scan", monkeypatch)
     assert "this package ships no network" in capsys.readouterr().err
     config = ff.ModelConfig(name="unet", base_width=1)
-    arrays = shipped.to_float16(ff.init(config, seed=0))
-    described = ff.Description("network", config, (32, 48))
-    shipped.save(tmp_path / "hc18-tiny", shipped.contents(arrays, described, {}))
+    network = ff.Checkpoint(ff.init(config, seed=0), ff.Description("network", config, (32, 48)))
+    save_network(tmp_path / "hc18-tiny", network)
     run("measure_scan", monkeypatch)
     assert "look at:" in capsys.readouterr().out
 

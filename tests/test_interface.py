@@ -101,14 +101,12 @@ def head(angle: float) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, threshold_network) -> Iterator[Path]:
+def folder(tmp_path_factory, threshold_network, save_network) -> Iterator[Path]:
     """Where the examples run: a run, a shipped network, a scan and images in HC18's layout."""
     folder = tmp_path_factory.mktemp("interface")
     checkpoint = threshold_network
     ff.save_checkpoint(folder / "runs" / "hc18", checkpoint)
-    arrays = shipped.to_float16(checkpoint.variables)
-    files = shipped.contents(arrays, checkpoint.metadata, {})
-    shipped.save(folder / "networks" / "hc18-described", files)
+    save_network(folder / "networks" / "hc18-described", checkpoint)
     cv2.imwrite(str(folder / "scan.png"), head(0))
     (folder / "HC18" / "training_set").mkdir(parents=True)
     rows = ["filename,pixel size(mm),head circumference (mm)"]

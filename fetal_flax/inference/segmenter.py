@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, UInt8
 
+from fetal_flax._util.backend import target_backend
 from fetal_flax._util.pipeline import begin_ahead, map_in_threads
 from fetal_flax.checkpoints import Checkpoint, load_checkpoint
 from fetal_flax.config import ModelConfig, TestTimeAugmentation
@@ -82,7 +83,8 @@ class Segmenter:
 
         @functools.cache
         def program(count: int) -> _Program:
-            function, whole, shared = create_program(config, self._devices[:count], tta=tta)
+            devices = tuple(self._devices[:count])
+            function, whole, shared = _shared_program(config, devices, tta, target_backend())
             return _Program(function, jax.device_put(folded, whole), shared)
 
         self._program = program
@@ -283,6 +285,15 @@ def create_program(
         views, mesh=mesh, in_specs=(whole.spec, shared.spec), out_specs=shared.spec
     )
     return jax.jit(of_share, compiler_options=compiler_options()), whole, shared
+
+
+@functools.lru_cache(8)
+def _shared_program(
+    config: ModelConfig, devices: tuple[Any, ...], tta: TestTimeAugmentation, backend: str
+) -> tuple[jax.stages.Wrapped, NamedSharding, NamedSharding]:
+    """Networks that differ in their weights alone are traced and compiled once."""
+    del backend  # It's in the key, since `create_program` asks for it.
+    return create_program(config, devices, tta=tta)
 
 
 class _Program(NamedTuple):

@@ -1,6 +1,7 @@
 """How many parameters and multiply-accumulates each part of a network has."""
 
 import dataclasses
+import functools
 from collections import Counter
 
 import jax
@@ -110,6 +111,7 @@ class _Counted(nnx.Module):
         return y
 
 
+@functools.cache
 def _macs_by_part(config: ModelConfig, image_size: tuple[int, int]) -> Counter[str]:
     """Returns the parts' multiply-accumulates, parts in the order of the forward pass."""
     macs: Counter[str] = Counter()

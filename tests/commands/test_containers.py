@@ -18,8 +18,6 @@ import cv2
 import numpy as np
 import pytest
 
-from fetal_flax.checkpoints import save_checkpoint
-
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = ("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups")
 IN_OWN_MOUNTS = ("unshare", "-m", "sh", "-c")
@@ -122,7 +120,7 @@ def train(row: Row, folder: Path) -> subprocess.CompletedProcess[bytes]:
     "name",
     [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MATRIX],
 )
-def test_predict_measures_as_ever(name, threshold_network, folder):
+def test_predict_measures_as_ever(name, threshold_network, save_network, folder):
     source, output = folder / "in", folder / "out"
     source.mkdir()
     output.mkdir()
@@ -132,7 +130,7 @@ def test_predict_measures_as_ever(name, threshold_network, folder):
         cv2.ellipse(image, (80, 60), (50, 38), 20, 0, 360, (200,), 4)
         (source / f"{stem}.png").write_bytes(cv2.imencode(".png", image)[1].tobytes())
     (source / "broken é.png").write_bytes(b"no image")
-    save_checkpoint(folder / "network", threshold_network)
+    save_network(folder / "network", threshold_network)
     flags = ("--input", str(source), "--output", str(output), "--pixel-size", "0.5")
     ran = run(MATRIX[name], folder, "predict", "--checkpoint", str(folder / "network"), *flags)
     assert ran.returncode == 2, ran.stderr.decode()

@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 
-from fetal_flax.checkpoints import save_checkpoint
 from fetal_flax.commands.main import main
 from fetal_flax.config import ModelConfig
 from fetal_flax.errors import InputError
@@ -47,9 +46,11 @@ def test_a_file_is_written_and_agrees(format, dtype, threshold_network, bright_h
     assert comparison.circumference_change == (0, 0)
 
 
-def test_the_command_prints_the_comparison(threshold_network, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_the_comparison(
+    threshold_network, save_network, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)  # A short path: longer lines are broken.
-    save_checkpoint(tmp_path / "run", threshold_network)
+    save_network(tmp_path / "run", threshold_network)
     output = "network.onnx"
     flags = ["--checkpoint", "run", "--output", output, "--images", "2"]
     assert main(["export", *flags, "--free-size"]) == 0
@@ -171,10 +172,10 @@ def test_the_shipped_networks_agree_on_scans(name, shared_dir, tmp_path):
     ],
 )
 def test_bad_flags_are_one_sentence(
-    flags, sentence, threshold_network, tmp_path, monkeypatch, capsys
+    flags, sentence, threshold_network, save_network, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    save_checkpoint("run", threshold_network)
+    save_network(tmp_path / "run", threshold_network)
     command = ["export", "--checkpoint", "run", "--output", "network.onnx", "--images", "1"]
     assert main([*command, *flags]) == 2
     printed = capsys.readouterr().err

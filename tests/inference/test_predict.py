@@ -20,7 +20,6 @@ import pydicom.data
 import pydicom.uid
 import pytest
 
-from fetal_flax import checkpoints
 from fetal_flax._util import pipeline
 from fetal_flax._util.files import replacing
 from fetal_flax.checkpoints import Checkpoint, Description, shipped
@@ -45,15 +44,15 @@ DICOM = Path(pydicom.data.__file__).parent / "test_files"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
+def checkpoint(save_network, tmp_path_factory) -> Path:
     """An untrained network whose masks of noise are neither empty nor full."""
-    directory = tmp_path_factory.mktemp("checkpoint")
+    directory = tmp_path_factory.mktemp("checkpoint") / "network"
     model = ModelConfig(name="unet", base_width=4)
     variables = functional.init(model, 0)
     saved = Checkpoint(variables, Description("network", model, (64, 64)))
     (logits,) = Segmenter(saved).logits([noise((64, 64))])
     variables.params["head/bias"] -= float(np.median(logits))
-    checkpoints.save_checkpoint(directory, saved)
+    save_network(directory, saved)
     return directory
 
 
@@ -500,11 +499,11 @@ def test_a_table_is_for_people_and_its_json_for_programs(checkpoint, sees_a_head
     assert not (output / "measurements.json").exists()
 
 
-def test_a_shipped_network_is_named_without_its_folder(threshold_network, tmp_path, monkeypatch):
+def test_a_shipped_network_is_named_without_its_folder(
+    threshold_network, save_network, tmp_path, monkeypatch
+):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "networks")
-    arrays = shipped.to_float16(threshold_network.variables)
-    files = shipped.contents(arrays, threshold_network.metadata, {})
-    shipped.save(shipped.FOLDER / shipped.DEFAULT_NETWORK, files)
+    save_network(shipped.FOLDER / shipped.DEFAULT_NETWORK, threshold_network)
     predict(shipped.default(), write_images(tmp_path / "in", "a.png"), tmp_path / "out")
     assert measurements(tmp_path / "out")["a"]["network"] == shipped.DEFAULT_NETWORK
 
