@@ -47,42 +47,46 @@ class Rule(NamedTuple):
     layout: Layout
 
 
-Table = tuple[Rule, ...]
+Rules = tuple[Rule, ...]
+
+
+class Table(Rules):
+    """The tensors of a layout, to be looked up by either name."""
+
+    @functools.cached_property
+    def by_torch(self) -> dict[str, Rule]:
+        """Each rule under its PyTorch name."""
+        return {rule.torch: rule for rule in self}
+
+    @functools.cached_property
+    def by_ours(self) -> dict[str, Rule]:
+        """Each rule under our name."""
+        # Where PyTorch has two names, the first in the table is the one to write.
+        return {rule.ours: rule for rule in reversed(self)}
 
 
 def find(name: str, table: Table) -> tuple[str, Layout] | None:
     """Returns our name and the layout for a PyTorch name; None where the table lacks it."""
-    rule = _by_torch(table).get(name)
+    rule = table.by_torch.get(name)
     return None if rule is None else (rule.ours, rule.layout)
 
 
 def find_inverse(name: str, table: Table) -> tuple[str, Layout] | None:
     """Returns the PyTorch name and the layout for our name; None where the table lacks it."""
-    rule = _by_ours(table).get(name)
+    rule = table.by_ours.get(name)
     return None if rule is None else (rule.torch, rule.layout)
 
 
-@functools.cache
-def _by_torch(table: Table) -> dict[str, Rule]:
-    return {rule.torch: rule for rule in table}
-
-
-@functools.cache
-def _by_ours(table: Table) -> dict[str, Rule]:
-    # Where PyTorch has two names, the first in the table is the one to write.
-    return {rule.ours: rule for rule in reversed(table)}
-
-
-def _norm(torch: str, ours: str) -> Table:
+def _norm(torch: str, ours: str) -> Rules:
     fields = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
     return tuple(Rule(f"{torch}.{t}", f"{ours}/{o}", VECTOR) for t, o in fields.items())
 
 
-def _conv_norm(conv: str, norm: str, ours: str) -> Table:
+def _conv_norm(conv: str, norm: str, ours: str) -> Rules:
     return (Rule(f"{conv}.weight", f"{ours}/conv/kernel", CONV), *_norm(norm, f"{ours}/norm"))
 
 
-def _separable(conv: str, ours: str) -> Table:
+def _separable(conv: str, ours: str) -> Rules:
     """The two kernels where the compact variant has a separable convolution."""
     parts = {"0": "depthwise", "1": "pointwise"}
     return tuple(
@@ -90,28 +94,28 @@ def _separable(conv: str, ours: str) -> Table:
     )
 
 
-def _with_bias(torch: str, ours: str, layout: Layout) -> Table:
+def _with_bias(torch: str, ours: str, layout: Layout) -> Rules:
     return (
         Rule(f"{torch}.weight", f"{ours}/kernel", layout),
         Rule(f"{torch}.bias", f"{ours}/bias", VECTOR),
     )
 
 
-def _excitation(torch: str, ours: str) -> Table:
+def _excitation(torch: str, ours: str) -> Rules:
     return (
         *_with_bias(f"{torch}.excitation.0", f"{ours}/squeeze", DENSE),
         *_with_bias(f"{torch}.excitation.2", f"{ours}/excite", DENSE),
     )
 
 
-def _double_conv(torch: str, ours: str) -> Table:
+def _double_conv(torch: str, ours: str) -> Rules:
     return (
         *_conv_norm(f"{torch}.0", f"{torch}.1", f"{ours}/first"),
         *_conv_norm(f"{torch}.3", f"{torch}.4", f"{ours}/second"),
     )
 
 
-def _mobilenet_v2(prefix: str) -> Table:
+def _mobilenet_v2(prefix: str) -> Rules:
     """`torchvision.models.mobilenet_v2().features`; its first block has no expansion."""
     ours = "encoder/blocks"
     rules = [
@@ -128,7 +132,7 @@ def _mobilenet_v2(prefix: str) -> Table:
     return tuple(rules)
 
 
-def _encoder_network() -> Table:
+def _encoder_network() -> Rules:
     """What both networks with the encoder have."""
     return (
         *_mobilenet_v2("encoder"),
@@ -138,7 +142,7 @@ def _encoder_network() -> Table:
     )
 
 
-def _aspp() -> Table:
+def _aspp() -> Rules:
     torch, branches = "bottleneck_aspp", "bottleneck_aspp.atrous_convs"
     rules = [
         *_conv_norm(f"{torch}.conv1x1.0", f"{torch}.conv1x1.1", "aspp/point"),
@@ -152,7 +156,7 @@ def _aspp() -> Table:
     return tuple(rules)
 
 
-def _se_stages() -> Table:
+def _se_stages() -> Rules:
     rules: list[Rule] = []
     for n in STAGES:
         torch, ours = f"dec{n}", f"stage{n}/block"
@@ -168,7 +172,7 @@ def _se_stages() -> Table:
     return tuple(rules)
 
 
-def _unet() -> Table:
+def _unet() -> Rules:
     """The standard U-Net; its stages count the other way, the deepest is `up1`."""
     rules = [*_double_conv("inc.double_conv", "down1")]
     for n, ours in enumerate(("down2", "down3", "down4", "bottom"), 1):
@@ -188,14 +192,16 @@ ENCODER = "mobilenet_v2"
 """Layout of torchvision's file, an encoder alone; the other layouts have the networks' names."""
 
 TABLES: dict[str, Table] = {
-    ENCODER: _mobilenet_v2("features"),
-    "mobilenet_aspp_se_unet": (*_encoder_network(), *_aspp(), *_se_stages()),
-    "mobilenet_unet": (
-        *_encoder_network(),
-        *_double_conv("bottleneck.conv", "bottleneck"),
-        *(rule for n in STAGES for rule in _double_conv(f"dec{n}.conv", f"stage{n}/block")),
+    ENCODER: Table(_mobilenet_v2("features")),
+    "mobilenet_aspp_se_unet": Table((*_encoder_network(), *_aspp(), *_se_stages())),
+    "mobilenet_unet": Table(
+        (
+            *_encoder_network(),
+            *_double_conv("bottleneck.conv", "bottleneck"),
+            *(rule for n in STAGES for rule in _double_conv(f"dec{n}.conv", f"stage{n}/block")),
+        )
     ),
-    "unet": _unet(),
+    "unet": Table(_unet()),
 }
 
 # Counters that nothing reads, and the ImageNet classifier.
