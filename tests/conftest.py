@@ -48,6 +48,7 @@ from fetal_flax.data.phantoms.canvas import Canvas
 from fetal_flax.inference import segmenter
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables, init
+from fetal_flax.reporting import html
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,7 +74,7 @@ _TINY_HEADS = (
     ("003_2HC", (110, 158), (90, 60), (35, 28), 40),
     ("003_HC", (110, 158), (85, 60), (36, 28), 35),
 )
-_PHANTOMS_CHECKED = 20
+_PHANTOMS_CHECKED = 4
 _TINY_PIXEL_SIZE_MM = 0.691358041432  # No float32 has this value.
 
 
@@ -242,6 +243,12 @@ def save_network() -> Callable[[Path, Checkpoint], None]:
         shipped.save(folder, shipped.contents(arrays, checkpoint.metadata, {}))
 
     return save
+
+
+@pytest.fixture
+def empty_charts(monkeypatch) -> None:
+    """Reports have their charts, and nobody waits for them to be drawn."""
+    monkeypatch.setattr(html, "_drawn", lambda figure, alternative: html._png(b"", alternative))
 
 
 @pytest.fixture

@@ -110,6 +110,7 @@ def imports_of_libraries(path: Path) -> Iterator[str]:
             yield ast.unparse(node)
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_without_what_windows_lacks():
     paths = [path for path in PACKAGE.rglob("*.py") if path.name != "__main__.py"]
     names = [path.relative_to(PACKAGE.parent).with_suffix("").parts for path in paths]

@@ -34,7 +34,7 @@ from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 from fetal_flax.performance import benchmark
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "empty_charts")
 
 MODEL = ModelConfig(name="unet", base_width=2)
 NAME = "hc18-tiny"

@@ -62,7 +62,7 @@ MATRIX = {
     "a pipe that nobody reads": Row(after="| true"),
     "a pipe that is read a little": Row(after="2>&1 | head -c 20"),
 }
-FAST = ("a read-only root", "no terminal, no streams")
+FAST = ("a read-only root",)
 """Rows whose predictions are no slow tests; the other rows' are."""
 
 
@@ -178,7 +178,11 @@ def test_a_read_only_root_without_a_home_has_nothing_to_say(folder):
 @pytest.mark.parametrize(
     ("command", "way_out"),
     [
-        (("train", *TINY_TRAINING, "--workdir", "run"), "choose another --workdir"),
+        pytest.param(
+            ("train", *TINY_TRAINING, "--workdir", "run"),
+            "choose another --workdir",
+            marks=pytest.mark.slow,
+        ),
         (
             ("evaluate", "--checkpoint", "hc18-compact", "--data-dir", "hc18", "--output", "out"),
             "no folder for temporary files can be written: give one as TMPDIR",

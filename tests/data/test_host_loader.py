@@ -275,6 +275,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_from_a_script_that_stops_early(tiny_hc18: Path, tmp_path: Path):
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT)

@@ -22,7 +22,7 @@ from fetal_flax.measurement.head import OUTLINE_PX, measure_head
 from fetal_flax.models import functional
 from fetal_flax.reporting import pictures
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "empty_charts")
 
 MODEL = ModelConfig(name="unet", base_width=4)
 NAMES = ("000_HC", "001_2HC", "001_HC", "002_HC", "003_2HC", "003_HC")

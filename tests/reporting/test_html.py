@@ -1,6 +1,8 @@
 import base64
+import functools
 import html.parser
 import re
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -31,57 +33,59 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
+def make_report(
+    folder: Path,
+    count: int = 5,
+    *,
+    missed: tuple[str, ...] = (),
+    curves: tuple[bytes, ...] = (),
+    dataset: str = "hc18",
+    folds: int = 1,
+) -> str:
+    rng = np.random.default_rng(0)
+    references = rng.uniform(60, 300, count)
+    errors = rng.normal(0, 2, count)
+    rows = [
+        Row(
+            f"{index:03d}_HC",
+            dict.fromkeys(OF_ELLIPSE, 0.9 + 0.01 * index)
+            | dict.fromkeys(OF_MASK, 0.8 + 0.01 * index)
+            | {"hc_error_mm": error, "hc_abs_error_mm": abs(error)},
+            {
+                "hc_mm": reference + error,
+                "hc_reference_mm": reference,
+                "trimester": "second",
+                "flags": "several_components low_confidence" if index == 1 else "",
+            }
+            | ({"fold": index % folds} if folds > 1 else {}),
+        )
+        for index, (reference, error) in enumerate(zip(references, errors, strict=True))
+    ]
+    run = {
+        "model": {"name": "unet"},
+        "dataset": dataset,
+        "split": "all",
+        "checkpoint": "runs/<b>",
+        "image_size": [64, 96],
+        "tta": "none",
+        "missed": list(missed),
+    }
+    picture = np.zeros((30, 40, 3), np.uint8)
+    picture[..., 0] = 255
+    numbers = {"ellipse_dice": 0.5, "dice": 0.25, "hc_error_mm": -3.25}
+    worst = [WorstCase(Row("001_HC & co", numbers, {}), picture)]
+    path = folder / "report.html"
+    write_report(path, write_metrics(folder, rows, run=run), rows, worst, curves=curves)
+    return path.read_text()
+
+
 @pytest.fixture
-def make(tmp_path):
-    def make(
-        count: int = 5,
-        *,
-        missed: tuple[str, ...] = (),
-        curves: tuple[bytes, ...] = (),
-        dataset: str = "hc18",
-        folds: int = 1,
-    ) -> str:
-        rng = np.random.default_rng(0)
-        references = rng.uniform(60, 300, count)
-        errors = rng.normal(0, 2, count)
-        rows = [
-            Row(
-                f"{index:03d}_HC",
-                dict.fromkeys(OF_ELLIPSE, 0.9 + 0.01 * index)
-                | dict.fromkeys(OF_MASK, 0.8 + 0.01 * index)
-                | {"hc_error_mm": error, "hc_abs_error_mm": abs(error)},
-                {
-                    "hc_mm": reference + error,
-                    "hc_reference_mm": reference,
-                    "trimester": "second",
-                    "flags": "several_components low_confidence" if index == 1 else "",
-                }
-                | ({"fold": index % folds} if folds > 1 else {}),
-            )
-            for index, (reference, error) in enumerate(zip(references, errors, strict=True))
-        ]
-        run = {
-            "model": {"name": "unet"},
-            "dataset": dataset,
-            "split": "all",
-            "checkpoint": "runs/<b>",
-            "image_size": [64, 96],
-            "tta": "none",
-            "missed": list(missed),
-        }
-        picture = np.zeros((30, 40, 3), np.uint8)
-        picture[..., 0] = 255
-        numbers = {"ellipse_dice": 0.5, "dice": 0.25, "hc_error_mm": -3.25}
-        worst = [WorstCase(Row("001_HC & co", numbers, {}), picture)]
-        path = tmp_path / "report.html"
-        write_report(path, write_metrics(tmp_path, rows, run=run), rows, worst, curves=curves)
-        return path.read_text()
-
-    return make
+def make(tmp_path, empty_charts):
+    return functools.partial(make_report, tmp_path)
 
 
-def test_the_page_is_whole_and_needs_no_network(make):
-    text = make()
+def test_the_page_is_whole_and_needs_no_network(tmp_path):
+    text = make_report(tmp_path)
     page = Page(text)
     assert not page.open
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
