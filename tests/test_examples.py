@@ -46,10 +46,10 @@ def losses(printed: str) -> list[float]:
 
 def test_a_training_loop_of_ones_own_leaves_a_network_that_measures(tmp_path, monkeypatch, capsys):
     output = tmp_path / "own"
-    flags = ("--steps", "6", "--side", "32", "--output", str(output))
+    flags = ("--steps", "4", "--side", "32", "--output", str(output))
     run("own_training_loop", monkeypatch, *flags)
     values = losses(capsys.readouterr().out)
-    assert len(values) == 6 and values[-1] < values[0]
+    assert len(values) == 4 and values[-1] < values[0]
     run("measure_scan", monkeypatch, "--checkpoint", str(output))
     printed = capsys.readouterr().out
     assert "a phantom whose head circumference is" in printed and "look at:" in printed

@@ -46,7 +46,7 @@ IN_MODULES = {
 MODULES = {name.partition(".")[0] for name in IN_MODULES} | {"config"}
 DOCUMENTED = sorted((NAMES - MODULES - {"__version__"}) | IN_MODULES)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "empty_charts")
 
 
 def named(name: str) -> Any:

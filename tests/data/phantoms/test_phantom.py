@@ -18,12 +18,12 @@ SMALL = {"height": 128, "width": 192}
 
 @pytest.fixture(scope="module")
 def small_phantoms() -> list[Phantom]:
-    return [make_phantom(0, index, **SMALL) for index in range(60)]
+    return [make_phantom(0, index, **SMALL) for index in range(40)]
 
 
 @pytest.fixture(scope="module")
 def tiny_phantoms() -> list[Phantom]:
-    return [make_phantom(5, index, height=54, width=80) for index in range(120)]
+    return [make_phantom(5, index, height=54, width=80) for index in range(80)]
 
 
 def inside(phantom: Phantom, shrink: float, grow: float = 0.0) -> np.ndarray:
