@@ -3,12 +3,13 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import gc
 import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # Before anything imports jax. A GPU is used only by who asks for it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax._src import compiler
 
 from fetal_flax._util.backend import programs_for
@@ -47,7 +49,11 @@ from fetal_flax.data.phantoms import phantom
 from fetal_flax.data.phantoms.canvas import Canvas
 from fetal_flax.inference import segmenter
 from fetal_flax.models import functional
+from fetal_flax.models.blocks import ConvNorm
 from fetal_flax.models.functional import Variables, init
+from fetal_flax.models.init import HostRngs
+from fetal_flax.models.interface import as_input, as_logits
+from fetal_flax.models.layers import Conv
 from fetal_flax.reporting import html
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -219,6 +225,69 @@ def make_batch() -> Callable[..., Batch]:
         return Batch(image + 120 * mask, mask, valid, record)
 
     return make
+
+
+class TinyEncoder(nnx.Module):
+    """Gives one map of features, of the image's size."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.conv = ConvNorm(config.in_channels, config.base_width, 3, rngs=rngs)
+
+    def __call__(self, x, *, train: bool | None = None):
+        return (nnx.relu(self.conv(x, train=train)),)
+
+
+class TinyNetwork(nnx.Module):
+    """A convolution each as encoder, decoder and head: all that steps and runs tell apart."""
+
+    divisor = 1
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = TinyEncoder(config, rngs=rngs)
+        self.bottleneck = ConvNorm(config.base_width, config.base_width, 3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5 if config.name == "mobilenet_aspp_se_unet" else 0.0)
+        self.head = Conv(config.base_width, 1, 1, bias=True, rngs=rngs)
+
+    def __call__(self, images, *, train=None, train_encoder=None, dropout_key=None, features=None):
+        x = as_input(images, self.config, self.divisor)
+        (x,) = features or self.encoder(x, train=train_encoder)
+        x = nnx.relu(self.bottleneck(x, train=train))
+        rngs = None if dropout_key is None else nnx.Rngs(dropout=dropout_key)
+        return as_logits(self.head(self.dropout(x, deterministic=not train, rngs=rngs)))
+
+
+@contextlib.contextmanager
+def _tiny_networks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        structure = functools.lru_cache(functional._structure.__wrapped__)
+        patch.setattr(functional, "_structure", structure)
+
+        def create(config: ModelConfig, seed: int | None) -> nnx.Module:
+            return TinyNetwork(config, rngs=cast(nnx.Rngs, HostRngs(seed)))
+
+        patch.setattr(functional, "create", create)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_networks() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Makes a context in which every network is a tiny one, for what outlives a test."""
+    return _tiny_networks
+
+
+@pytest.fixture
+def tiny_network() -> Iterator[None]:
+    """Every network is a tiny one: to trace and compile a U-Net's step takes ten times as long."""
+    with _tiny_networks():
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny_network_all_along() -> Iterator[None]:
+    """The same for all that a module makes: Orbax takes its time for each array of a network."""
+    with _tiny_networks():
+        yield
 
 
 @pytest.fixture(scope="session")

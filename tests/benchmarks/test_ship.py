@@ -36,7 +36,7 @@ from fetal_flax.measurement.head import measure_head
 from fetal_flax.models import functional
 from fetal_flax.models.functional import Variables
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "empty_charts")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "empty_charts", "tiny_network_all_along")
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -21,7 +21,7 @@ from fetal_flax.models.functional import Variables
 from fetal_flax.training.compile import create_state
 from fetal_flax.training.sharding import create_mesh, replicated
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "tiny_network_all_along")
 
 MODEL = ModelConfig(name="unet", base_width=2)
 CONFIG = TrainConfig(model=MODEL)
