@@ -33,7 +33,7 @@ def parity(file, tmp_path):
 
     def run(*flags: str, reference: Path = file) -> int:
         small = ["--image-size", "32", "48", "--batch-size", "2", "--steps", "2"]
-        where = ["--cache-dir", str(tmp_path / "cache"), "--output", str(tmp_path / "report")]
+        where = ["--cache-dir", str(file.parent / "cache"), "--output", str(tmp_path / "report")]
         return main(["parity", "--reference", str(reference), *small, *where, *flags])
 
     return run
