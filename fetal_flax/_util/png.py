@@ -38,9 +38,8 @@ def encode_png(pixels: UInt8[np.ndarray, "height width *channels"]) -> bytes:
     np.subtract(rows[:, depth:], rows[:, :-depth], out=filtered[:, 1 + depth :])
     header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
     chunks = {b"IHDR": header, b"IDAT": isal_zlib.compress(filtered, 1), b"IEND": b""}
-    return _SIGNATURE + b"".join(_chunk(kind, data) for kind, data in chunks.items())
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    check = isal_zlib.crc32(data, isal_zlib.crc32(kind))
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+    png = [_SIGNATURE]
+    for kind, data in chunks.items():
+        check = isal_zlib.crc32(data, isal_zlib.crc32(kind))
+        png += struct.pack(">I", len(data)), kind, data, struct.pack(">I", check)
+    return b"".join(png)
