@@ -98,13 +98,13 @@ def largest_region(
 
     Pixels that touch at corners alone are not connected. Of equal regions the uppermost is taken.
     """
-    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
     if not width:
         return mask, 0
     # A head takes a fraction of its image, and the time is that of the pixels looked at.
     box = np.s_[top : top + height, left : left + width]
     # Labelled from the top down; 0 is what is outside.
-    count, labels = cv2.connectedComponents(mask[box].astype(np.uint8), connectivity=4)
+    count, labels = cv2.connectedComponents(mask[box].view(np.uint8), connectivity=4)
     # Counting pixels takes longer than labelling them, and most masks have one region.
     largest = 1 if count == 2 else np.bincount(labels.ravel())[1:].argmax() + 1
     region = np.zeros_like(mask)
@@ -122,7 +122,7 @@ def fill_holes(
     """
     outside = 2
     # A frame, from which all background that is no hole can be reached.
-    framed = np.pad(region.astype(np.uint8), 1)
+    framed = np.pad(region.view(np.uint8), 1)
     cv2.floodFill(framed, None, (0, 0), outside)
     return framed[1:-1, 1:-1] != outside
 

@@ -70,9 +70,7 @@ def overlay(
             continue
         if mask.shape != image.shape:
             raise ValueError(f"the mask is {mask.shape} and its image {image.shape}")
-        outlines, _ = cv2.findContours(
-            mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE
-        )
+        outlines, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
         cv2.drawContours(rgb, outlines, -1, colour, thickness, cv2.LINE_AA)
     return rgb
 
