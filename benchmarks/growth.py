@@ -19,13 +19,13 @@ import jax
 import numpy as np
 from timing import time_interleaved
 
+from fetal_flax._util.png import encode_png
 from fetal_flax.checkpoints import Checkpoint, Description
 from fetal_flax.config import AugmentationConfig, DataConfig, EncoderConfig, TrainConfig
 from fetal_flax.data.batch import gather_batch
 from fetal_flax.data.datasets import Dataset
 from fetal_flax.data.device_loader import load_device_dataset, training_recipes
 from fetal_flax.data.host_loader import training_batches
-from fetal_flax.data.images import encode_png
 from fetal_flax.data.phantoms import make_phantom
 from fetal_flax.data.samples import TrainingOrder, split_into_calls
 from fetal_flax.inference.segmenter import Segmenter

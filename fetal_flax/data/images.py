@@ -116,11 +116,6 @@ def significant_bits(values: np.ndarray) -> int:
     return next((bits for bits in _DEPTHS if largest < 2**bits), 16)
 
 
-def encode_png(image: UInt8[np.ndarray, "height width"]) -> bytes:
-    """Encodes a grey image as PNG, without loss."""
-    return cv2.imencode(".png", image)[1].tobytes()
-
-
 def resize_image(
     image: UInt8[np.ndarray, "height width"], size: tuple[int, int]
 ) -> UInt8[np.ndarray, "new_height new_width"]:

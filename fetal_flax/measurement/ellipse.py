@@ -71,12 +71,26 @@ class Ellipse:
         half_height = math.hypot(self.semi_major * sin, self.semi_minor * cos)
         columns = _around(self.center_x, half_width, width)
         rows = _around(self.center_y, half_height, height)
-        x = np.arange(width)[None, columns] - self.center_x
         y = np.arange(height)[rows, None] - self.center_y
-        u = (x * cos + y * sin) / self.semi_major
-        v = (y * cos - x * sin) / self.semi_minor
+
+        def is_inside(column: np.ndarray) -> np.ndarray:
+            x = column - self.center_x
+            u = (x * cos + y * sin) / self.semi_major
+            v = (y * cos - x * sin) / self.semi_minor
+            return u * u + v * v <= 1.0
+
+        # A row of an ellipse is one run of pixels, whose ends the conic's equation gives up to
+        # rounding: these are tried, instead of all pixels.
+        a, b = self.semi_major, self.semi_minor
+        middle = self.center_x + y * (a * a - b * b) * sin * cos / half_height**2
+        reach = a * b * np.sqrt(np.maximum(half_height**2 - y * y, 0)) / half_height**2
+        first, last = np.ceil(middle - reach), np.floor(middle + reach)
+        first = np.where(is_inside(first - 1), first - 1, first + ~is_inside(first))
+        last = np.where(is_inside(last + 1), last + 1, last - ~is_inside(last))
+        first, last = (np.clip(end, -1, width).astype(np.int32) for end in (first, last))
+        column = np.arange(width, dtype=np.int32)[columns]
         mask = np.zeros((height, width), np.uint8)
-        mask[rows, columns] = np.where(u * u + v * v <= 1.0, 255, 0)
+        mask[rows, columns] = ((first <= column) & (column <= last)) * np.uint8(255)
         return mask
 
 

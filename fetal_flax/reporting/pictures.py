@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from fetal_flax._util.files import write_atomically
+from fetal_flax._util.png import encode_png
 from fetal_flax.measurement.ellipse import Ellipse
 
 if TYPE_CHECKING:
@@ -62,16 +63,14 @@ def overlay(
     Raises:
         ValueError: A mask's shape is not the image's.
     """
-    rgb = np.stack([image] * 3, axis=-1)
+    rgb = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     thickness = 2 if max(image.shape) >= THICK_OUTLINE_FROM else 1
     for mask, colour in ((truth, TRUTH_COLOUR), (prediction, PREDICTION_COLOUR)):
         if mask is None:
             continue
         if mask.shape != image.shape:
             raise ValueError(f"the mask is {mask.shape} and its image {image.shape}")
-        outlines, _ = cv2.findContours(
-            mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE
-        )
+        outlines, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
         cv2.drawContours(rgb, outlines, -1, colour, thickness, cv2.LINE_AA)
     return rgb
 
@@ -113,8 +112,7 @@ def write_png(path: str | Path, rgb: UInt8[np.ndarray, "height width 3"]) -> Non
     Raises:
         InputError: The file can't be written.
     """
-    _, png = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
-    write_atomically(path, png.tobytes())
+    write_atomically(path, encode_png(rgb))
 
 
 class SheetImage(NamedTuple):

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 from jaxtyping import Bool
 
 from fetal_flax._util.files import csv_bytes, json_bytes, write_atomically
+from fetal_flax._util.png import encode_png
 from fetal_flax.measurement.overlap import aggregate
 
 PER_IMAGE = "per_image.csv"
@@ -115,5 +115,4 @@ def write_mask(path: str | Path, mask: Bool[np.ndarray, "height width"]) -> None
     """
     if mask.dtype != np.bool_ or mask.ndim != 2:
         raise ValueError(f"a mask must be 2-D and boolean, not {mask.dtype} {mask.shape}")
-    _, png = cv2.imencode(".png", mask.astype(np.uint8) * 255)
-    write_atomically(path, png.tobytes())
+    write_atomically(path, encode_png(mask.astype(np.uint8) * 255))

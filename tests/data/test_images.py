@@ -8,6 +8,7 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 
+from fetal_flax._util.png import encode_png
 from fetal_flax.data import images
 from fetal_flax.errors import InputError
 
@@ -55,7 +56,7 @@ def _write(path: Path, kind: str) -> None:
     elif kind == "text":
         path.write_text("no image")
     elif kind == "cut":
-        path.write_bytes(images.encode_png(_gradient())[:20])
+        path.write_bytes(encode_png(_gradient())[:20])
     elif kind == "float":
         path.write_bytes(cv2.imencode(".tiff", _gradient().astype(np.float32))[1].tobytes())
 
@@ -66,11 +67,6 @@ def test_bad_files_are_named(tmp_path: Path, kind: str):
     _write(path, kind)
     with pytest.raises(InputError, match=r"scan\.png"):
         images.read_gray(path)
-
-
-def test_encode_decode_is_exact():
-    noise = np.random.default_rng(0).integers(0, 256, (33, 47), np.uint8)
-    np.testing.assert_array_equal(images.decode_gray(images.encode_png(noise)), noise)
 
 
 def test_sizes_are_height_and_width():

@@ -41,6 +41,10 @@ def _measured(mask: np.ndarray, outline_px: float = 0.0) -> Head:
     axes=st.tuples(st.floats(0.01, 90), st.floats(0.01, 90)),
     angle=st.floats(-math.pi / 2, math.pi / 2),
 )
+# Their edges run through centres of pixels.
+@hypothesis.example(center=(20, 15), axes=(13, 5), angle=0.0)
+@hypothesis.example(center=(20, 15), axes=(10, 10), angle=math.pi / 4)
+@hypothesis.example(center=(20.5, 14.5), axes=(6.5, 12.5), angle=math.pi / 2)
 def test_an_ellipse_holds_the_pixels_whose_centres_are_inside(center, axes, angle):
     ellipse = Ellipse(center[0], center[1], max(axes), min(axes), angle)
     x, y = np.arange(40)[None, :] - center[0], np.arange(30)[:, None] - center[1]

@@ -10,9 +10,9 @@ import tensorflow_datasets as tfds
 
 from fetal_flax._util.console import track
 from fetal_flax._util.machine import available_cpus
+from fetal_flax._util.png import encode_png
 from fetal_flax.data.builder import Builder
 from fetal_flax.data.hc18.folder import HC18Record, find_records, load
-from fetal_flax.data.images import encode_png
 
 
 class Hc18(Builder):

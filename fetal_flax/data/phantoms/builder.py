@@ -11,8 +11,8 @@ import tensorflow_datasets as tfds
 
 from fetal_flax._util.console import track
 from fetal_flax._util.machine import available_cpus, can_start_workers, start_worker
+from fetal_flax._util.png import encode_png
 from fetal_flax.data.builder import Builder
-from fetal_flax.data.images import encode_png
 from fetal_flax.data.phantoms.phantom import make_phantom
 
 _PHANTOMS_PER_WORKER = 32  # Fewer don't repay the start of a worker process.
