@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from fetal_flax.measurement.ellipse import Ellipse
-from fetal_flax.measurement.overlap import segmentation_metrics
+from fetal_flax.measurement.overlap import check_mask, segmentation_metrics
 
 OUTLINE_PX = {"hc18": 1.4, "fetal_phantom": 0.0}
 """By how many pixels the edge of a data set's masks runs outside the ellipse that is measured.
@@ -77,7 +77,11 @@ def measure_head(mask: Bool[np.ndarray, "height width"], *, outline_px: float) -
 
     Returns:
         None where there is no head: the mask is empty, or its edge gives no ellipse.
+
+    Raises:
+        ValueError: The mask is not boolean, or not 2-D.
     """
+    check_mask(mask)
     region, components = largest_region(mask)
     points, touches_border = edge_points(region)
     edge = fit_ellipse(points)

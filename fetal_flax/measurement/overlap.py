@@ -47,6 +47,16 @@ def segmentation_metrics(
     }
 
 
+def check_mask(mask: np.ndarray) -> None:
+    """Refuses what is no mask.
+
+    Raises:
+        ValueError: It is not boolean, or not 2-D.
+    """
+    if mask.dtype != np.bool_ or mask.ndim != 2:
+        raise ValueError(f"a mask must be 2-D and boolean, not {mask.dtype} {mask.shape}")
+
+
 def check_masks(
     prediction: Bool[np.ndarray, "height width"], truth: Bool[np.ndarray, "height width"]
 ) -> None:

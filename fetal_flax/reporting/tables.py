@@ -9,7 +9,7 @@ from jaxtyping import Bool
 
 from fetal_flax._util.files import csv_bytes, json_bytes, write_atomically
 from fetal_flax._util.png import encode_png
-from fetal_flax.measurement.overlap import aggregate
+from fetal_flax.measurement.overlap import aggregate, check_mask
 
 PER_IMAGE = "per_image.csv"
 GROUPINGS = ("trimester", "fold")
@@ -113,6 +113,5 @@ def write_mask(path: str | Path, mask: Bool[np.ndarray, "height width"]) -> None
         InputError: The file can't be written.
         ValueError: The mask is not boolean or not 2-D.
     """
-    if mask.dtype != np.bool_ or mask.ndim != 2:
-        raise ValueError(f"a mask must be 2-D and boolean, not {mask.dtype} {mask.shape}")
+    check_mask(mask)
     write_atomically(path, encode_png(mask.astype(np.uint8) * 255))

@@ -199,3 +199,10 @@ def test_hc18s_masks_are_measured_to_the_csv(hc18_sample):
     assert abs(np.mean(errors)) < 0.1
     assert np.mean(np.abs(errors)) < 0.06
     assert np.max(np.abs(errors)) < 0.5
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize("mask", [np.eye(5, dtype=np.int64), np.ones((2, 5, 5), bool)])
+def test_what_is_no_mask_is_refused(mask):
+    with pytest.raises(ValueError, match="a mask must be 2-D and boolean, not "):
+        measure_head(mask, outline_px=0.0)
