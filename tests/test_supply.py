@@ -103,6 +103,7 @@ def watched(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_connections_are_seen(tmp_path):
     """Of the download, which is one of the two that there are."""
     ran = watched("train", "--data.dataset", "hc18", "--data.cache-dir", "cache", folder=tmp_path)
