@@ -216,17 +216,34 @@ def _mean_and_variance_at_once(x: FeatureMap, near: Vector) -> tuple[Vector, Vec
     a value near the mean, it loses none that matter.
     """
     distance = x - per_channel(near)
-    offset, square = distance.mean((0, 1, 2)), jnp.square(distance).mean((0, 1, 2))
+    count = x.size // x.shape[-1]
+    offset, square = (sums / count for sums in _channel_sums(distance, distance))
     return near + offset, jnp.maximum(square - jnp.square(offset), 0)
+
+
+def _channel_sums(x: FeatureMap, factor: FeatureMap) -> tuple[Vector, Vector]:
+    """Returns each channel's sum of a map, and of its product with another map."""
+    if target_backend() == "cpu":
+        return x.sum((0, 1, 2)), (x * factor.astype(x.dtype)).sum((0, 1, 2))
+    # A GPU's kernel leaves a sum for each of its blocks. Those of both, in one array, take one more
+    # kernel, and on several GPUs one collective that nothing is copied together for.
+    channels = x.shape[-1]
+    pixels, blocks = x.size // channels, x.shape[0]
+    while pixels // blocks > min(blocks, 1024) and pixels // blocks % 2 == 0:
+        blocks *= 2
+    maps = (x, x * factor.astype(x.dtype))
+    of_blocks = jnp.stack([each.reshape(blocks, -1, channels).sum(1) for each in maps])
+    sums, products = of_blocks.sum(1)
+    return sums, products
 
 
 def _normalize_backward(saved: tuple, gradients: tuple) -> tuple:
     x, scale, mean, inverse = saved
     gradient = gradients[0].astype(mean.dtype)
-    by_bias = gradient.sum((0, 1, 2))
+    by_bias, products = _channel_sums(gradient, x)
     # Not by the centred map, which XLA would then keep from the forward pass on, beside the map.
     # No digits are lost: the map's own rounding is relative to its distance from zero, too.
-    by_scale = ((gradient * x.astype(mean.dtype)).sum((0, 1, 2)) - mean * by_bias) * inverse
+    by_scale = (products - mean * by_bias) * inverse
     count = x.size // x.shape[-1]
     centred = x.astype(mean.dtype) - per_channel(mean)
     common = per_channel(by_bias / count) + centred * per_channel(by_scale * inverse / count)

@@ -14,10 +14,14 @@ MAIN, ENCODER, FROZEN = "main", "encoder", "frozen"
 
 
 def freezing_rules(config: TrainConfig) -> tuple[tuple[str, str], ...]:
-    """Returns anchored patterns of parameter names with the group each belongs to."""
+    """Returns anchored patterns of parameter names with the group each belongs to.
+
+    A vector of packed parameters (packing.py) bears its group's name in front.
+    """
     return (
         (r"encoder/.+", ENCODER if config.encoder.trainable else FROZEN),
         (r"(init_conv|aspp|bottleneck|down[1-4]|bottom|stage[1-5]|head)/.+", MAIN),
+        (rf"{MAIN}/.+", MAIN),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
 
 from fetal_flax._util.backend import target_backend
@@ -26,6 +27,7 @@ from fetal_flax.training.optimizer import (
     initial_learning_rates,
     parameter_labels,
 )
+from fetal_flax.training.packing import Vectors, pack, unpack
 from fetal_flax.training.schedule import rate_factor
 
 Metrics = dict[str, Array]
@@ -69,6 +71,7 @@ def train_step(
     pos_weight: float | Array,
     steps_per_epoch: int = 1,
     folded_encoder: Arrays | None = None,
+    vectors: Vectors | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Trains on one batch.
 
@@ -79,14 +82,22 @@ def train_step(
         pos_weight: Factor on the cross-entropy of foreground pixels.
         steps_per_epoch: What warm-up and cosine count epochs by.
         folded_encoder: What `fold_static_encoder` returned of the state, or of one before it.
+        vectors: What stands in the state, and in the next one, for its small arrays
+            (packing.py); None where nothing is packed.
 
     Returns:
         The next state; `loss` and `dice` of the batch, and whether the step was `applied`: one
         whose loss or gradients are not finite is not (`schedule.non_finite`).
     """
+    vectors = vectors or {}
     loss, gradients, batch_stats, logits = loss_and_gradients(
-        state, batch, config=config, pos_weight=pos_weight, folded_encoder=folded_encoder
+        unpack(state, vectors),
+        batch,
+        config=config,
+        pos_weight=pos_weight,
+        folded_encoder=folded_encoder,
     )
+    gradients, batch_stats = pack((gradients, batch_stats), vectors)
     params, opt_state = _update(state, gradients, config, steps_per_epoch)
     averages = _move_averages(state, params | batch_stats, config)
     after = state._replace(
@@ -171,8 +182,10 @@ def train_chunk(
     """
     # Not in every step anew: on a GPU that is a kernel or two for each of its arrays.
     encoder = fold_static_encoder(config, state)
+    vectors = small_arrays(config, state)
 
     def step(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
+        state = state._replace(params=_aspp_in_axes_order(state.params))
         batch = item
         if dataset is not None:
             batch = gather_batch(
@@ -186,9 +199,11 @@ def train_chunk(
             pos_weight=pos_weight,
             steps_per_epoch=steps_per_epoch,
             folded_encoder=encoder,
+            vectors=vectors,
         )
 
-    return jax.lax.scan(step, state, items)
+    packed, metrics = jax.lax.scan(step, pack(state, vectors), items)
+    return unpack(packed, vectors), metrics
 
 
 def validation_step(
@@ -273,14 +288,50 @@ def fold_static_encoder(config: TrainConfig, state: TrainState) -> Arrays | None
     return functional.fold_encoder(config.model, Variables(state.params, state.batch_stats))
 
 
+def small_arrays(config: TrainConfig, state: TrainState) -> Vectors:
+    """Returns what `train_chunk` packs of a state: all but the kernels of convolutions.
+
+    A vector is named after the learning rate of its parameters, or after the batch statistics. On
+    a CPU, kernels cost nothing by their number, and nothing is packed.
+    """
+    if target_backend() == "cpu":
+        return {}
+    groups = parameter_labels(config, state.params) | {
+        name: "batch_stats"
+        for name in state.batch_stats
+        if not (name.startswith(functional.ENCODER) and encoder_is_static(config))
+    }
+    vectors: Vectors = {}
+    for name, array in (state.params | state.batch_stats).items():
+        if array.ndim <= 2 and groups.get(name, FROZEN) != FROZEN:
+            vectors.setdefault(f"{groups[name]}/packed", {})[name] = array.shape
+    return vectors
+
+
+def _aspp_in_axes_order(params: Arrays) -> Arrays:
+    """Returns the parameters with the ASPP's kernels in row-major order, on a GPU.
+
+    Their gradients come so. A frozen encoder's features need none, and XLA would keep the kernels
+    as the forward pass alone reads them, and copy each and its moments in every step.
+    """
+    if target_backend() == "cpu":
+        return params
+    kernels = {n: a for n, a in params.items() if n.startswith("aspp/") and a.ndim == 4}
+    row_major = Layout((0, 1, 2, 3))
+    return params | {n: with_layout_constraint(a, row_major) for n, a in kernels.items()}
+
+
 def all_finite(arrays: tuple[Array, Arrays]) -> Array:
     """Returns whether loss and gradients are finite, all of them."""
     leaves = jax.tree.leaves(arrays)
     if target_backend() == "cpu":
         # Stacked: a chain of ands XLA repeats, in a loop, in the update of every parameter.
         return jnp.isfinite(jnp.stack([jnp.abs(a).max() for a in leaves])).all()
-    # A copy of the gradients costs a GPU less than a kernel for each of them.
-    return jnp.isfinite(jnp.concatenate([a.ravel() for a in leaves])).all()
+    # For a GPU, copying the answers together is less than the kernel or two for each of them that
+    # XLA makes without the barrier. 3×3 gradients, as cuDNN leaves them, have the outputs first.
+    in_memory = [jnp.moveaxis(a, -1, 0) if a.shape[:2] == (3, 3) else a for a in leaves]
+    finite = jnp.concatenate([jnp.isfinite(a).ravel() for a in in_memory])
+    return jax.lax.optimization_barrier(finite).all()
 
 
 def _update(

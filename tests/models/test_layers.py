@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from typing import cast
 
 import jax
 import jax.extend
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from jax.core import ShapedArray
 
 from fetal_flax.errors import InputError
 from fetal_flax.models.aspp import ASPP
@@ -177,16 +179,14 @@ def test_batch_norm_keeps_its_digits_far_from_zero(made_for):
 
 def test_on_a_gpu_no_sum_of_a_batch_norms_statistics_waits_for_another(made_for):
     """So they are taken in one pass over the map, and in one collective."""
-    vector = jnp.ones(3)
-    jaxpr = jax.make_jaxpr(lambda x: normalize(x, vector, vector, vector)[1:])(
-        jnp.ones((2, 4, 4, 3))
-    )
-    longest = max(_sums_in_a_row(jaxpr.jaxpr, [0]))
+    vector, x = jnp.ones(3), jnp.ones((2, 4, 4, 3))
+    jaxpr = jax.make_jaxpr(lambda x: normalize(x, vector, vector, vector)[1:])(x)
+    longest = max(_sums_in_a_row(jaxpr.jaxpr, [0], size=x.size))
     assert longest == (1 if made_for == "gpu" else 2)
 
 
-def _sums_in_a_row(jaxpr: jax.extend.core.Jaxpr, before: list[int]) -> list[int]:
-    """Returns behind how many sums, one after the other, each output stands."""
+def _sums_in_a_row(jaxpr: jax.extend.core.Jaxpr, before: list[int], *, size: int) -> list[int]:
+    """Returns behind how many sums over so many numbers, in a row, each output stands."""
     rows = dict(zip(jaxpr.invars, before, strict=True))
 
     def row(variable) -> int:
@@ -195,10 +195,11 @@ def _sums_in_a_row(jaxpr: jax.extend.core.Jaxpr, before: list[int]) -> list[int]
     for equation in jaxpr.eqns:
         inputs = list(map(row, equation.invars))
         inner = equation.params.get("call_jaxpr") or equation.params.get("jaxpr")
-        summed = equation.primitive.name == "reduce_sum"
+        is_sum = equation.primitive.name == "reduce_sum"
+        summed = is_sum and cast(ShapedArray, equation.invars[0].aval).size >= size
         outputs = [max(inputs, default=0) + summed] * len(equation.outvars)
         if inner is not None:
-            outputs = _sums_in_a_row(inner.jaxpr, inputs)
+            outputs = _sums_in_a_row(inner.jaxpr, inputs, size=size)
         rows |= zip(equation.outvars, outputs, strict=True)
     return list(map(row, jaxpr.outvars))
 

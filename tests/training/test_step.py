@@ -28,7 +28,13 @@ from fetal_flax.models.functional import Variables
 from fetal_flax.training import losses
 from fetal_flax.training.compile import Programs, create_programs, create_state
 from fetal_flax.training.sharding import create_mesh, replicated
-from fetal_flax.training.step import TrainState, all_finite, initial_state, network_of
+from fetal_flax.training.step import (
+    TrainState,
+    all_finite,
+    initial_state,
+    network_of,
+    small_arrays,
+)
 
 POS_WEIGHT = 2.3
 UNET = TrainConfig(
@@ -173,10 +179,67 @@ def test_a_gpus_step_is_a_cpus_in_float64(config, make_batch):
         assert theirs.metrics == [pytest.approx(m, rel=1e-9) for m in ours.metrics]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(
+            model=ModelConfig(name="mobilenet_unet"),
+            encoder=EncoderConfig(trainable=trainable),
+            schedule=ScheduleConfig(average_decay=0.9),
+        )
+        for trainable in (False, True)
+    ],
+    ids=["frozen", "trainable"],
+)
+@tiny
+def test_two_gpus_call_of_several_steps_is_a_cpus_in_float64(config, make_batch):
+    """On GPUs, small arrays are vectors from step to step."""
+    batches = [make_batch(2, 16, 16, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
+
+    def run(devices: int) -> tuple[TrainState, dict]:
+        mesh = create_mesh(jax.devices()[:devices])
+        state = create_state(config, _variables(config, jnp.float64), mesh)
+        return create_programs(config, mesh).train_chunk(state, POS_WEIGHT, None, stacked)
+
+    with jax.enable_x64(True):
+        ours = run(1)
+        with programs_for("gpu"):
+            theirs = run(2)
+        assert jax.tree.structure(theirs) == jax.tree.structure(ours)
+        for a, b in zip(jax.tree.leaves(theirs), jax.tree.leaves(ours), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_gpu_packs_what_changes_and_is_no_kernel_of_a_convolution(made_for, trainable):
+    config = TrainConfig(encoder=EncoderConfig(trainable=trainable))
+    variables = functional.shapes(config.model)
+    state = jax.eval_shape(functools.partial(initial_state, config), variables)
+    vectors = small_arrays(config, state)
+    if made_for == "cpu":
+        assert vectors == {}
+        return
+    assert vectors.keys() == {"main/packed", "batch_stats/packed"} | (
+        {"encoder/packed"} if trainable else set()
+    )
+    packed = {name for arrays in vectors.values() for name in arrays}
+    assert {name for name in packed if name.startswith("encoder/")} == {
+        name
+        for name, array in (variables.params | variables.batch_stats).items()
+        if trainable and name.startswith("encoder/") and array.ndim == 1
+    }
+    assert {name for name in variables.params if name not in packed} == {
+        name
+        for name, array in variables.params.items()
+        if array.ndim == 4 or (name.startswith("encoder/") and not trainable)
+    }
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.usefixtures("made_for")
 def test_one_number_that_is_not_finite_is_found(value):
-    gradients = {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}
+    gradients = {"a": jnp.ones((3, 3, 2, 4)), "b": jnp.ones(4)}
     assert all_finite((jnp.ones(()), gradients))
     assert not all_finite((jnp.asarray(value), gradients))
     assert not all_finite((jnp.ones(()), gradients | {"b": jnp.ones(4).at[2].set(value)}))
