@@ -13,6 +13,7 @@ from fetal_flax.checkpoints import Checkpoint, Description, save_checkpoint
 from fetal_flax.config import ModelConfig
 from fetal_flax.data.images import resize_image
 from fetal_flax.errors import InputError
+from fetal_flax.inference import segmenter as segmenters
 from fetal_flax.inference.assessment import Measurement, mean_logits, native_mask
 from fetal_flax.inference.segmenter import Segmenter, load
 from fetal_flax.measurement.gestational_age import gestational_age
@@ -33,7 +34,15 @@ def checkpoint(
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[tuple[int, ...]]:
+def nothing_traced() -> Iterator[None]:
+    """Programs are shared within a process, and one of another test has that test's network."""
+    segmenters._shared_program.cache_clear()
+    yield
+    segmenters._shared_program.cache_clear()
+
+
+@pytest.fixture
+def calls(nothing_traced, monkeypatch) -> list[tuple[int, ...]]:
     """Replaces the network by `pixel − 0.5`; collects the shapes it is traced with."""
     shapes = []
 
@@ -124,6 +133,25 @@ def test_batching_does_not_change_the_logits():
         (alone,) = segmenter.logits([image])
         np.testing.assert_allclose(alone, logits, atol=1e-5)
     assert np.ptp(np.stack(together), axis=0).max() > 1e-3
+
+
+@pytest.mark.usefixtures("nothing_traced")
+def test_networks_that_differ_in_their_weights_alone_are_traced_once(monkeypatch):
+    infer, traced = functional.infer, []
+
+    def counted(config, arrays, images):
+        traced.append(images.shape)
+        return infer(config, arrays, images)
+
+    monkeypatch.setattr(functional, "infer", counted)
+    images = random_images(1)
+    first, second, again = (
+        next(Segmenter(checkpoint(functional.init(MODEL, seed), (32, 32))).logits(images))
+        for seed in (0, 1, 0)
+    )
+    assert traced == [(1, 32, 32, 1)]
+    assert np.abs(first - second).max() > 1e-3
+    np.testing.assert_array_equal(first, again)
 
 
 @pytest.mark.parametrize(
