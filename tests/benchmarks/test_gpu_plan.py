@@ -138,7 +138,7 @@ def test_a_network_is_compiled_for_gpus_that_are_not_there(tmp_path, inference):
     if not importlib.metadata.entry_points(group="jax_plugins"):
         pytest.skip("no compiler for GPUs is installed: pip install -e '.[gpu-plan]'")
     figures, program = tmp_path / "plan.json", tmp_path / "program.txt"
-    command = [sys.executable, BENCHMARKS / "gpu_plan.py", "--network", "unet", "--size", "64"]
+    command = [sys.executable, BENCHMARKS / "gpu_plan.py", "--network", "unet", "--size", "128"]
     command += ["--devices", "2", "--batch", "4", "--json", figures, "--hlo", program]
     command += ["--inference"] if inference else []
     paths = os.pathsep.join(filter(None, (str(BENCHMARKS.parent), os.environ.get("PYTHONPATH"))))
@@ -147,7 +147,7 @@ def test_a_network_is_compiled_for_gpus_that_are_not_there(tmp_path, inference):
     assert ran.returncode == 0, ran.stderr
     plan = json.loads(figures.read_text())
     assert program.read_text().startswith("HloModule")
-    parts = summarize(ModelConfig(name="unet"), encoder_trainable=True, image_size=(64, 64))
+    parts = summarize(ModelConfig(name="unet"), encoder_trainable=True, image_size=(128, 128))
     forward = 2 * parts.total.macs
     if inference:
         assert plan["flops_per_image"] == pytest.approx(forward, rel=0.02)
