@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--output", default="runs/own", help="a new folder for the network")
     options = parser.parse_args()
     variables = ff.init(CONFIG, seed=0)
-    moments = OPTIMIZER.init(variables.params)
+    moments = jax.jit(OPTIMIZER.init)(variables.params)
     for step in range(options.steps):
         images, masks = batch(range(8 * step, 8 * step + 8), options.side)
         key = jax.random.fold_in(jax.random.key(0), step)

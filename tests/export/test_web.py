@@ -17,6 +17,8 @@ from fetal_flax.errors import InputError
 from fetal_flax.export import ExportSettings, to_file, web
 from fetal_flax.models import functional
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FILES = {"ort.wasm.bundle.min.mjs": b"export default 1;", "ort-wasm-simd-threaded.wasm": b"\0asm"}
 
 

@@ -9,6 +9,8 @@ from fetal_flax.models import functional
 from fetal_flax.performance import benchmark
 from fetal_flax.performance.machine import Machine
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.slow
 def test_the_figures_fit_together(tmp_path, capsys):
