@@ -105,6 +105,7 @@ def test_a_checkpoint_of_another_network_is_refused(parity, tmp_path, capsys):
     assert "the reference another network: convert the reference again" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_safetensors_are_read(parity, file, tmp_path):
     state = torch.load(file, weights_only=True)["model_state_dict"]
     safetensors.torch.save_file(state, tmp_path / "unet.safetensors")
