@@ -204,7 +204,7 @@ def test_a_bad_record_is_reported(dataset, config):
         list(host_loader.evaluation_batches(dataset, [99], config, channels=1, batch_size=1))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_device_batches_equal_host_batches(dataset, config, workers: int):
     sharding = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
     arguments: dict[str, Any] = {"channels": 1, "seed": 0, "batch_size": 8, "total_steps": 6}
