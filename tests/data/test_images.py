@@ -69,6 +69,11 @@ def test_bad_files_are_named(tmp_path: Path, kind: str):
         images.read_gray(path)
 
 
+def test_encode_decode_is_exact():
+    noise = np.random.default_rng(0).integers(0, 256, (33, 47), np.uint8)
+    np.testing.assert_array_equal(images.decode_gray(encode_png(noise)), noise)
+
+
 def test_sizes_are_height_and_width():
     assert images.resize_image(_gradient(), (16, 24)).shape == (16, 24)
     assert images.resize_mask(_gradient(), (16, 24)).shape == (16, 24)
